@@ -1,0 +1,213 @@
+// Python's way in: checks every record, releases the GIL, calls. No maths here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <climits>
+#include <cstring>
+#include <string>
+
+#include "checksum.h"
+#include "cpu.h"
+#include "delta_merge/delta_merge.h"
+#include "order_statistics/order_statistics.h"
+#include "philox.h"
+#include "pool.h"
+#include "task_statistics/task_statistics.h"
+
+namespace py = pybind11;
+
+namespace {
+
+[[noreturn]] void fail(const char* who, int64_t index, const std::string& what) {
+  throw py::value_error(std::string(who) + "[" + std::to_string(index) + "]: " + what);
+}
+
+// The records of a one-dimensional contiguous array whose items have the layout of T.
+template <class T>
+T* records(py::array& array, const char* who, bool writable) {
+  if (array.ndim() != 1 || array.itemsize() != py::ssize_t(sizeof(T)) || !(array.flags() & py::array::c_style))
+    throw py::value_error(std::string(who) + ": expected a contiguous vector of " + std::to_string(sizeof(T)) +
+                          "-byte records, got " + std::to_string(array.itemsize()) + "-byte items");
+  return static_cast<T*>(writable ? array.mutable_data() : const_cast<void*>(array.data()));
+}
+
+void check_dtype(const char* who, int64_t i, int32_t dtype, int32_t last) {
+  if (dtype < kF32 || dtype > last) fail(who, i, "unknown dtype code " + std::to_string(dtype));
+}
+
+void check_delta(const char* who, int64_t i, const Delta& d, int64_t size) {
+  if (size < 0) fail(who, i, "size is negative");
+  check_dtype(who, i, d.dtype, kBF16);
+  check_dtype(who, i, d.base_dtype, kBF16);
+  if (size && !d.x) fail(who, i, "no input");
+  if (d.base_kind < kBaseTensor || d.base_kind > kBaseOne) fail(who, i, "unknown base kind");
+  if (size && d.base_kind == kBaseTensor && !d.is_delta && !d.base) fail(who, i, "no base");
+}
+
+void check_task(int64_t i, const Task& t) {
+  check_dtype("task", i, t.dtype, kBF16);
+  if (t.mask) check_dtype("task", i, t.mask_dtype, kBytes);
+  if (t.weights) check_dtype("task", i, t.weights_dtype, kBF16);
+  if (t.keep < kKeepAll || t.keep > kKeepRandomPerElement) fail("task", i, "unknown keep rule");
+  if (t.by_probability && t.keep != kKeepRandomPerElement) fail("task", i, "has no probabilities to divide by");
+  if (t.keep == kKeepRandomPerElement && !t.probability) fail("task", i, "no probabilities");
+  if (t.low > kAbsMask || t.high > kAbsMask) fail("task", i, "a threshold is negative");
+}
+
+void check_rule(int64_t i, const Rule& r) {
+  if (r.base_kind < kBaseTensor || r.base_kind > kBaseOne) fail("rule", i, "unknown base kind");
+  if (r.elect < kElectNone || r.elect > kElectGiven) fail("rule", i, "unknown election");
+  if (r.aggregate < kSum || r.aggregate > kMedian) fail("rule", i, "unknown aggregate");
+  if (r.divide < kDivideConstant || r.divide > kDivideAgreeingCount) fail("rule", i, "unknown divisor");
+  if (r.elect == kElectNone && (r.divide != kDivideConstant || r.aggregate == kMax))
+    fail("rule", i, "needs an elected sign");
+  if (r.elect != kElectNone && r.aggregate > kMax) fail("rule", i, "takes no elected sign");
+}
+
+void check_piece(int64_t i, Mode mode, const Piece& p, const Task* tasks, int64_t num_tasks, const Rule* rules,
+                 int64_t num_rules) {
+  if (p.size < 0 || p.start < 0) fail("piece", i, "size or start is negative");
+  if (p.tasks < 0 || p.first_task < 0 || p.tasks > num_tasks - p.first_task) fail("piece", i, "tasks out of range");
+  if (p.rule < 0 || p.rule >= num_rules) fail("piece", i, "rule out of range");
+  check_dtype("piece", i, p.base_dtype, kBF16);
+  check_dtype("piece", i, p.out_dtype, kBF16);
+  if (p.sign) check_dtype("piece", i, p.sign_dtype, kBF16);
+  const Rule& rule = rules[p.rule];
+  if (rule.aggregate == kMedian && p.tasks < 1) fail("piece", i, "a median needs a task");
+  if (!p.size) return;
+  if (rule.base_kind == kBaseTensor && !p.base) fail("piece", i, "no base");
+  if (rule.elect == kElectGiven && !p.sign) fail("piece", i, "no given sign");
+  if (mode == kMerge && !p.out) fail("piece", i, "no output");
+  if (mode == kKeptNorm && !p.partials) fail("piece", i, "no place for partial sums");
+  for (int64_t t = p.first_task; t < p.first_task + p.tasks; ++t)
+    if (!tasks[t].x) fail("piece", i, "a task has no input");
+}
+
+void delta_merge_checked(int mode, py::array pieces, py::array tasks, py::array rules, int threads) {
+  Piece* p = records<Piece>(pieces, "pieces", true);
+  const Task* t = records<Task>(tasks, "tasks", false);
+  const Rule* r = records<Rule>(rules, "rules", false);
+  if (mode < kMerge || mode > kSignTotal) throw py::value_error("unknown mode");
+  for (int64_t i = 0; i < tasks.size(); ++i) check_task(i, t[i]);
+  for (int64_t i = 0; i < rules.size(); ++i) check_rule(i, r[i]);
+  for (int64_t i = 0; i < pieces.size(); ++i) check_piece(i, Mode(mode), p[i], t, tasks.size(), r, rules.size());
+  const int64_t n = pieces.size();
+  py::gil_scoped_release release;
+  delta_merge(Mode(mode), p, n, t, r, threads);
+}
+
+void select_checked(py::array tasks, py::array queries, int threads) {
+  const SelectTask* t = records<SelectTask>(tasks, "tasks", false);
+  SelectQuery* q = records<SelectQuery>(queries, "queries", true);
+  for (int64_t i = 0; i < tasks.size(); ++i) {
+    check_delta("task", i, t[i].delta, t[i].size);
+    if (t[i].queries < 0 || t[i].first_query < 0 || t[i].queries > queries.size() - t[i].first_query)
+      fail("task", i, "queries out of range");
+    if (i && t[i].group == t[i - 1].group && t[i].size != t[i - 1].size) fail("task", i, "sizes differ in a group");
+    for (int64_t k = t[i].first_query; k < t[i].first_query + t[i].queries; ++k)
+      if (q[k].count < 1 || q[k].count > t[i].size) fail("query", k, "count is outside 1..size");
+  }
+  const int64_t n = tasks.size();
+  py::gil_scoped_release release;
+  select_magnitudes(t, n, q, threads);
+}
+
+const Delta& one_delta(py::array& delta, int64_t size) {
+  const Delta* d = records<Delta>(delta, "delta", false);
+  if (delta.size() != 1) throw py::value_error("delta: expected one record");
+  check_delta("delta", 0, *d, size);
+  return *d;
+}
+
+uint64_t* bins_of(py::array& bins, py::ssize_t count) {
+  uint64_t* p = records<uint64_t>(bins, "bins", true);
+  if (bins.size() != count) throw py::value_error("bins: expected " + std::to_string(count) + " of them");
+  return p;
+}
+
+void histogram_checked(py::array delta, int64_t size, py::array bins, int prefix, int threads) {
+  const Delta& d = one_delta(delta, size);
+  uint64_t* b = bins_of(bins, prefix < 0 ? 65536 : 32768);
+  py::gil_scoped_release release;
+  if (prefix < 0) magnitude_histogram(d, size, b, threads);
+  else magnitude_histogram_low(d, size, uint32_t(prefix), b, threads);
+}
+
+void ranked_checked(py::array delta, int64_t begin_row, int64_t rows, int64_t columns, double low, double high,
+                    py::array_t<float, py::array::c_style> out, int threads) {
+  if (begin_row < 0 || rows < 0 || columns < 1 || columns > INT32_MAX || begin_row > INT64_MAX / columns - rows)
+    throw py::value_error("rows: out of range");
+  const Delta& d = one_delta(delta, rows);
+  if (out.size() != rows * columns) throw py::value_error("out: expected rows * columns items");
+  float* p = out.mutable_data();
+  py::gil_scoped_release release;
+  ranked_probability(d, begin_row, rows, columns, low, high, p, threads);
+}
+
+py::dict statistics_checked(py::array deltas, int64_t size, int threads) {
+  const Delta* d = records<Delta>(deltas, "deltas", false);
+  const int tasks = int(deltas.size()), pairs = tasks * (tasks - 1) / 2;
+  for (int i = 0; i < tasks; ++i) check_delta("deltas", i, d[i], size);
+  py::array_t<double> sums(2 * tasks + tasks * (tasks + 1) / 2);
+  py::array_t<int64_t> nonfinite(tasks), nonzero(tasks), conflicts(pairs), any(1);
+  py::array_t<uint32_t> largest(tasks);
+  const StatisticsCounts counts{nonfinite.mutable_data(), nonzero.mutable_data(), conflicts.mutable_data(),
+                                any.mutable_data(), largest.mutable_data()};
+  double* s = sums.mutable_data();
+  {
+    py::gil_scoped_release release;
+    task_statistics(d, tasks, size, s, counts, threads);
+  }
+  py::dict result;
+  result["sums"] = sums, result["nonfinite"] = nonfinite, result["nonzero"] = nonzero;
+  result["conflicts"] = conflicts, result["any_conflict"] = any, result["largest"] = largest;
+  return result;
+}
+
+void copy_bytes(uint64_t to, uint64_t from, int64_t bytes, int threads) {
+  constexpr int64_t kGrain = 4 << 20;
+  if (bytes < 0 || (bytes && (!to || !from))) throw py::value_error("copy_bytes: no address or a negative size");
+  py::gil_scoped_release release;
+  parallel_for((bytes + kGrain - 1) / kGrain, threads, [=](int64_t i, int) {
+    const int64_t at = i * kGrain;
+    std::memcpy((char*)to + at, (const char*)from + at, size_t(std::min(kGrain, bytes - at)));
+  });
+}
+
+uint64_t checksum_of(uint64_t from, int64_t bytes, int threads) {
+  if (bytes < 0 || (bytes && !from)) throw py::value_error("checksum: no address or a negative size");
+  py::gil_scoped_release release;
+  return checksum((const void*)from, bytes, threads);
+}
+
+py::array_t<uint32_t> philox(uint64_t key, uint64_t first, int count) {
+  if (first % 4 || count < 0 || count > (1 << 30)) throw py::value_error("philox_words: first must be a multiple of 4, count positive");
+  py::array_t<uint32_t> out((count + 3) / 4 * 4);
+  philox_words(out.mutable_data(), key, first, count);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU operations of peta_fast: raw pointers, sizes and dtype codes in, nothing kept.";
+  m.def("delta_merge", delta_merge_checked);
+  m.def("select_magnitudes", select_checked);
+  m.def("magnitude_histogram", histogram_checked);
+  m.def("ranked_probability", ranked_checked);
+  m.def("task_statistics", statistics_checked);
+  m.def("tree_sum", [](py::array_t<double, py::array::c_style> values) {
+    return tree_sum(values.mutable_data(), values.size(), 1);
+  });
+  m.def("copy_bytes", copy_bytes);
+  m.def("checksum", checksum_of);
+  m.def("philox_words", philox);
+  m.def("default_threads", default_threads);
+  m.def("simd", [] { return std::string(simd_name(simd_level())); });
+  m.def("best_simd", [] { return std::string(simd_name(best_simd_level())); });
+  m.def("set_simd", [](const std::string& name) { return set_simd_level(name.c_str()); });
+  m.attr("RECORD_BYTES") = py::dict(py::arg("piece") = sizeof(Piece), py::arg("task") = sizeof(Task),
+                                    py::arg("rule") = sizeof(Rule), py::arg("delta") = sizeof(Delta),
+                                    py::arg("select_task") = sizeof(SelectTask),
+                                    py::arg("select_query") = sizeof(SelectQuery));
+}

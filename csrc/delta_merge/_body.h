@@ -1,0 +1,511 @@
+// The loop, once. A variant file defines PETA_VARIANT and includes this.
+#include "../philox.h"
+#include "../delta_load.h"
+#include "delta_merge.h"
+
+namespace {
+
+PF_INLINE void widen(float* out, const void* p, int32_t dtype, int64_t first, int n) {
+  if (dtype == kBits) {
+    for (int i = 0; i < n; ++i) out[i] = float(((const uint8_t*)p)[(first + i) >> 3] >> ((first + i) & 7) & 1);
+  } else if (dtype == kBytes) {
+    for (int i = 0; i < n; ++i) out[i] = ((const uint8_t*)p)[first + i] ? 1.0f : 0.0f;
+  } else if (dtype == kF32) {
+    memcpy(out, (const float*)p + first, n * 4);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const uint16_t h = load_raw<uint16_t>((const uint16_t*)p + first + i);
+      const uint32_t u = uint32_t(h) << 16;
+      if (dtype == kF16) out[i] = half_to_float(h);
+      else memcpy(&out[i], &u, 4);
+    }
+  }
+}
+
+// |d| among the kept of an exact top-k: above the threshold, or equal to it and early enough.
+PF_INLINE vm in_top(vi a, uint32_t threshold, int64_t last_index, int64_t first) {
+  const int64_t room = last_index - first;  // lanes 0..room of this vector may take an equal
+  if (room >= W - 1) return gt(a, splat_i(int32_t(threshold) - 1));
+  const vm early = gt(splat_i(int32_t(room < 0 ? 0 : room + 1)), iota());
+  return either(gt(a, splat_i(threshold)), both(eq(a, splat_i(threshold)), early));
+}
+
+PF_INLINE vm kept(const Task& task, const View& view, vi a, int i, int64_t first) {
+  switch (task.keep) {
+    case kKeepTop:
+      return in_top(a, task.low, task.low_index, first);
+    case kKeepBand:
+      return both(in_top(a, task.low, task.low_index, first), no(in_top(a, task.high, task.high_index, first)));
+    case kKeepNone:
+      return none();
+    default: {
+      const vf u = __builtin_convertvector((vi)(load_raw<vu>(view.words + i) >> 8), vf) * 0x1p-24f;
+      return gt(task.keep == kKeepRandom ? splat(task.p) : load_raw<vf>(view.probability + i), u);
+    }
+  }
+}
+
+// delta, sparsified, masked, prescaled. `bad` collects the largest |d| as bits: above all finite ones if any is not.
+PF_INLINE vf contribution(const Task& task, const View& view, vf base, int i, int64_t first, vi& bad, vf& delta) {
+  const vf x = load(view.x, task.dtype, i);
+  const vf d = task.is_delta ? x : x - base;
+  const vi a = abs_bits(d);
+  bad = max_i(bad, a);
+  delta = d;
+  vf e = d;
+  if (task.keep != kKeepAll) e = only(kept(task, view, a, i, first), d);
+  if (view.mask) {
+    const vf m = load_raw<vf>(view.mask + i);
+    bad = max_i(bad, abs_bits(m));
+    e = e * m;
+  }
+  if (task.by_probability) e = e * (splat(1.0f) / load_raw<vf>(view.probability + i));
+  if (task.prescale != 1.0f) e = e * task.prescale;
+  return e;
+}
+
+struct Sums {
+  vf total = -vf{};                        // starts at -0, the neutral element of IEEE addition
+  vf positive = -vf{}, negative = -vf{};   // sums (or extremes) of the agreeing, either way
+  vf positive_divisor = vf{}, negative_divisor = vf{};
+};
+
+PF_INLINE vf weight_of(const Task& task, const View& view, int i, vi& bad) {
+  if (!view.weights) return splat(task.weight);
+  const vf f = load_raw<vf>(view.weights + i);
+  bad = max_i(bad, abs_bits(f));
+  return splat(task.weight) * f;
+}
+
+// e: the task's contribution, w: its weight, we: their product.
+template <bool kElecting, bool kExtreme>
+PF_INLINE void accumulate(Sums& s, const Rule& rule, vf e, vf w, vf we) {
+  if (!kElecting) {
+    if (!kExtreme) {
+      s.total = s.total + we;
+    } else {
+      const vi a = abs_bits(we), best = abs_bits(s.total);
+      s.total = select(rule.aggregate == kLargestLast ? no(gt(best, a)) : gt(a, best), we, s.total);
+    }
+    return;
+  }
+  vf v = rule.elect == kElectWeighted ? we : e;
+  const vm up = gt(v, vf{}), down = gt(vf{}, v);
+  if (rule.elect == kElectCount) v = only(up, splat(1.0f)) - only(down, splat(1.0f));
+  s.total = s.total + v;
+  if (kExtreme) {
+    s.positive = select(both(up, gt(we, s.positive)), we, s.positive);
+    s.negative = select(both(down, gt(s.negative, we)), we, s.negative);
+    return;
+  }
+  s.positive = add_where(up, s.positive, we);
+  s.negative = add_where(down, s.negative, we);
+  if (rule.divide == kDivideConstant) return;
+  const vf share = rule.divide == kDivideAgreeingCount ? splat(1.0f) : w;
+  s.positive_divisor = add_where(up, s.positive_divisor, share);
+  s.negative_divisor = add_where(down, s.negative_divisor, share);
+}
+
+struct Elected {
+  vf sum, divisor;  // of the group that the sign elects; the divisor counts only where it is one of the agreeing
+};
+
+template <bool kElecting>
+PF_INLINE Elected elected(const Sums& s, const Rule& rule) {
+  if (!kElecting) return {s.total, vf{}};
+  const vm above = gt(s.total, vf{}), below = gt(vf{}, s.total);
+  const vm up = rule.zero_sign > 0 ? no(below) : above, down = rule.zero_sign < 0 ? no(above) : below;
+  return {select(up, s.positive, select(down, s.negative, -vf{})),
+          select(up, s.positive_divisor, s.negative_divisor)};
+}
+
+// The same from the contributions themselves: sum and weights of those that have the elected sign.
+template <int kTasks>
+PF_INLINE Elected elected_of(vf total, const vf* weighted, const Task* tasks, const Rule& rule) {
+  const vm above = gt(total, vf{}), below = gt(vf{}, total);
+  const vm down = rule.zero_sign < 0 ? no(above) : below;
+  Elected e{-vf{}, vf{}};
+  for (int t = 0; t < kTasks; ++t) {
+    const vm agrees = gt(flip_where(down, weighted[t]), vf{});
+    e.sum = add_where(agrees, e.sum, weighted[t]);
+    e.divisor = add_where(agrees, e.divisor, splat(tasks[t].weight));
+  }
+  if (rule.zero_sign == 0) e.sum = select(either(above, below), e.sum, -vf{});
+  return e;
+}
+
+PF_INLINE vf normalized(vf sum, vf divisor, const Rule& rule) {
+  if (rule.divide != kDivideConstant) {
+    if (rule.floor > 0.0f) divisor = select(gt(splat(rule.floor), divisor), splat(rule.floor), divisor);
+    sum = divide_where(no(eq(divisor, vf{})), sum, divisor);
+  } else if (rule.divisor != 1.0f) {
+    sum = sum / rule.divisor;
+  }
+  return rule.scaling != 1.0f ? sum * rule.scaling : sum;
+}
+
+// The lower median of the T weighted contributions, by insertion into a sorted stack of vectors.
+PF_INLINE vf median(vf* sorted, int tasks) { return sorted[(tasks - 1) / 2]; }
+
+PF_INLINE void insert_sorted(vf* sorted, int have, vf v) {
+  for (int j = 0; j < have; ++j) {
+    const vm smaller = gt(sorted[j], v);
+    const vf lower = select(smaller, v, sorted[j]);
+    v = select(smaller, sorted[j], v);
+    sorted[j] = lower;
+  }
+  sorted[have] = v;
+}
+
+struct Chunk {
+  const View* views;
+  const void* base;
+  int32_t base_dtype;
+  const float* sign;
+  void* out;
+  int n;          // whole vectors, except that the last may be padded by the caller
+  int64_t first;  // flat index of the chunk's first element within its tensor
+};
+
+PF_INLINE vf base_value(const Chunk& c, const Rule& rule, int i) {
+  if (rule.base_kind == kBaseTensor) return load(c.base, c.base_dtype, i);
+  return rule.base_kind == kBaseOne ? splat(1.0f) : vf{};
+}
+
+// Rounds and stores; returns the size of what was rounded, for `first_overflow` to judge.
+PF_INLINE vi store(void* out, int32_t dtype, int i, vf x) {
+  const vf y = canonical(x);
+  if (dtype == kF32) {
+    memcpy((float*)out + i, &y, sizeof y);
+  } else {
+    const vh h = dtype == kBF16 ? narrow_32(round_to_bf16(y) >> 16) : to_f16(y);
+    memcpy((uint16_t*)out + i, &h, sizeof h);
+  }
+  return abs_bits(y);
+}
+
+// Bits of the smallest |y| that rounds to infinity.
+PF_INLINE int32_t first_overflow(int32_t dtype) {
+  return dtype == kBF16 ? 0x7f7f8000 : dtype == kF16 ? 0x477ff000 : 0x7f800000;
+}
+
+template <bool kElecting, bool kExtreme>
+void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch& scratch, bool,
+                 vi& bad, vi& largest) {
+  const int T = piece.tasks;
+  vf* sorted = (vf*)scratch.sorted;
+  const bool by_median = !kElecting && rule.aggregate == kMedian;
+  for (int i = 0; i < c.n; i += W) {
+    const vf base = base_value(c, rule, i);
+    Sums s;
+    for (int t = 0; t < T; ++t) {
+      vf delta;
+      const vf x = contribution(tasks[t], c.views[t], base, i, c.first + i, bad, delta);
+      const vf w = weight_of(tasks[t], c.views[t], i, bad), wx = x * w;
+      if (by_median) insert_sorted(sorted, t, wx);
+      else accumulate<kElecting, kExtreme>(s, rule, x, w, wx);
+    }
+    if (by_median) s.total = median(sorted, T);
+    if (kElecting && rule.elect == kElectGiven) s.total = load_raw<vf>(c.sign + i);
+    const Elected e = elected<kElecting>(s, rule);
+    vf y = normalized(e.sum, e.divisor, rule);
+    if (rule.base_kind != kBaseZero) {
+      y = select(eq(y, vf{}), base, base + y);
+      bad = max_i(bad, abs_bits(base));
+    }
+    largest = max_i(largest, store(c.out, piece.out_dtype, i, y));
+  }
+}
+
+// The common case, with everything known when it is compiled: all inputs and the output of one dtype, differences from
+// a base, all entries or the top ones, weights by task, and either a plain sum or the mean of those that agree with the
+// sign of the weighted sum. Two vectors at once in bf16.
+template <int32_t kDtype>
+struct Lanes {
+  static constexpr int kVectors = kDtype == kBF16 ? 2 : 1;
+  static constexpr int kAhead = 2048;  // bytes; half a page, where the hardware's own prefetching ends
+
+  PF_INLINE void load_at(const void* p, int i, vf* v) {
+    prefetch((const uint8_t*)p + i * itemsize(kDtype) + kAhead);
+    if (kDtype == kBF16) load_bf16_pair((const uint16_t*)p + i, v[0], v[1]);
+    else v[0] = load(p, kDtype, i);
+  }
+
+  PF_INLINE void store_at(void* p, int i, const vf* v, bool stream) {
+    if (kDtype != kBF16) {
+      store(p, kDtype, i, v[0]);
+      return;
+    }
+    const vu pair = bf16_pair(v[0], v[1]);
+#if defined(__AVX512F__)
+    if (stream) return _mm512_stream_si512((__m512i*)((uint16_t*)p + i), (__m512i)pair);
+#else
+    (void)stream;
+#endif
+    memcpy((uint16_t*)p + i, &pair, sizeof pair);
+  }
+};
+
+// Two loops over the chunk, each with a short chain of dependent instructions, so that the CPU overlaps many elements:
+// the sums of all tasks into scratch, then division, base, rounding. kZero: the sign that a zero sum counts as.
+template <int32_t kDtype, bool kTop, bool kElecting, int kZero, int kTasks>
+void merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& given, const Scratch& scratch,
+                       bool stream, vi& all_bad, vi& all_largest) {
+  using L = Lanes<kDtype>;
+  constexpr int V = L::kVectors;
+  const int T = kTasks ? kTasks : piece.tasks;
+  Rule rule = given;
+  rule.floor = 0.0f;
+  rule.zero_sign = kZero;
+  rule.elect = kElecting ? kElectWeighted : kElectNone;
+  rule.divide = kElecting ? kDivideAgreeingWeight : kDivideConstant;
+  float *sums = scratch.sign, *divisors = scratch.weights;
+  vi bad = all_bad, largest = all_largest;
+  for (int i = 0; i < c.n; i += V * W) {
+    vf base[V];
+    L::load_at(c.base, i, base);
+    Sums s[V];
+    vf weighted[V][kTasks ? kTasks : 1];  // with the number known, only one group is summed, after its election
+    for (int t = 0; t < T; ++t) {
+      const vf w = splat(tasks[t].weight);
+      const vi below = splat_i(c.views[t].below);
+      vf x[V];
+      L::load_at(c.views[t].x, i, x);
+      for (int v = 0; v < V; ++v) {
+        const vf d = x[v] - base[v];
+        const vi a = abs_bits(d);
+        bad = max_i(bad, a);
+        const vf wd = kTop ? mul_where(gt(a, below), d, w) : d * w;
+        if (kElecting && kTasks) {
+          s[v].total = s[v].total + wd;
+          weighted[v][t] = wd;
+        } else {
+          accumulate<kElecting, false>(s[v], rule, d, w, wd);
+        }
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      const Elected e = kElecting && kTasks ? elected_of<kTasks>(s[v].total, weighted[v], tasks, rule)
+                                            : elected<kElecting>(s[v], rule);
+      memcpy(sums + i + v * W, &e.sum, sizeof e.sum);
+      if (kElecting) memcpy(divisors + i + v * W, &e.divisor, sizeof e.divisor);
+    }
+  }
+  for (int i = 0; i < c.n; i += V * W) {
+    vf base[V], y[V];
+    L::load_at(c.base, i, base);
+    for (int v = 0; v < V; ++v) {
+      const vf divisor = kElecting ? load_raw<vf>(divisors + i + v * W) : vf{};
+      const vf sum = normalized(load_raw<vf>(sums + i + v * W), divisor, rule);
+      y[v] = canonical(add_where(no(eq(sum, vf{})), base[v], sum));
+      largest = max_i(largest, abs_bits(y[v]));
+    }
+    L::store_at(c.out, i, y, stream);
+  }
+  all_bad = bad, all_largest = largest;
+}
+
+typedef void (*MergeChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, bool, vi&, vi&);
+
+MergeChunk general_loop(const Rule& rule) {
+  const bool extreme = rule.aggregate == kMax || rule.aggregate == kLargestFirst || rule.aggregate == kLargestLast;
+  if (rule.elect != kElectNone) return extreme ? merge_chunk<true, true> : merge_chunk<true, false>;
+  return extreme ? merge_chunk<false, true> : merge_chunk<false, false>;
+}
+
+bool is_plain(const Piece& piece, const Task* tasks, const Rule& rule) {
+  if (rule.base_kind != kBaseTensor || rule.aggregate != kSum || rule.floor != 0.0f || !piece.tasks) return false;
+  const bool ties = rule.elect == kElectWeighted && rule.divide == kDivideAgreeingWeight;
+  if (!ties && !(rule.elect == kElectNone && rule.divide == kDivideConstant)) return false;
+  if (piece.out_dtype != piece.base_dtype) return false;
+  for (int t = 0; t < piece.tasks; ++t) {
+    const Task& k = tasks[t];
+    if (k.dtype != piece.base_dtype || k.is_delta || k.mask || k.weights || k.prescale != 1.0f) return false;
+    if (k.keep != tasks[0].keep || (k.keep != kKeepAll && k.keep != kKeepTop)) return false;
+  }
+  return true;
+}
+
+template <int32_t kDtype, bool kTop, bool kElecting, int kZero>
+MergeChunk plain_loop(int tasks) {
+  switch (tasks) {
+    case 2: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 2>;
+    case 3: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 3>;
+    case 4: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 4>;
+    default: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 0>;
+  }
+}
+
+template <int32_t kDtype, bool kTop>
+MergeChunk plain_loop(const Rule& rule, int tasks) {
+  if (rule.elect == kElectNone) return plain_loop<kDtype, kTop, false, 0>(tasks);
+  if (rule.zero_sign > 0) return plain_loop<kDtype, kTop, true, 1>(tasks);
+  return rule.zero_sign < 0 ? plain_loop<kDtype, kTop, true, -1>(tasks) : plain_loop<kDtype, kTop, true, 0>(tasks);
+}
+
+// Null where only the general loop serves.
+MergeChunk plain_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
+  if (!is_plain(piece, tasks, rule)) return nullptr;
+  const bool top = tasks[0].keep == kKeepTop;
+  if (piece.out_dtype == kBF16) return top ? plain_loop<kBF16, true>(rule, piece.tasks) : plain_loop<kBF16, false>(rule, piece.tasks);
+  if (piece.out_dtype == kF16) return top ? plain_loop<kF16, true>(rule, piece.tasks) : plain_loop<kF16, false>(rule, piece.tasks);
+  return top ? plain_loop<kF32, true>(rule, piece.tasks) : plain_loop<kF32, false>(rule, piece.tasks);
+}
+
+// Sets what the plain loop compares |d| with; false when an exact count ends within this chunk.
+PF_INLINE bool one_threshold_each(const Chunk& c, View* views, const Task* tasks, int num_tasks, int n) {
+  for (int t = 0; t < num_tasks; ++t) {
+    const bool equals_kept = tasks[t].low_index >= c.first + n - 1;
+    if (!equals_kept && tasks[t].low_index >= c.first) return false;
+    views[t].below = int32_t(tasks[t].low) - (equals_kept ? 1 : 0);
+  }
+  return true;
+}
+
+PF_INLINE void norm_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, int n,
+                          const Scratch& scratch) {
+  vi bad = vi{};
+  for (int t = 0; t < piece.tasks; ++t) {
+    float *values = scratch.sign, *kept_values = scratch.out;  // both unused when only sums are asked for
+    for (int i = 0; i < c.n; i += W) {
+      vf delta;
+      const vf e = contribution(tasks[t], c.views[t], base_value(c, rule, i), i, c.first + i, bad, delta);
+      const vi d_bits = abs_bits(delta), e_bits = abs_bits(e);
+      memcpy(values + i, &d_bits, sizeof d_bits);
+      memcpy(kept_values + i, &e_bits, sizeof e_bits);
+    }
+    for (int which = 0; which < 2; ++which) {
+      const float* v = which ? kept_values : values;
+      double* lane = scratch.sums + (t * 2 + which) * 32;
+      int i = 0;
+      for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 32; ++j) lane[j] += double(v[i + j]);
+      for (int j = 0; i + j < n; ++j) lane[j] += double(v[i + j]);
+    }
+  }
+}
+
+PF_INLINE int64_t sign_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, int n, vi& bad) {
+  int64_t total = 0;
+  for (int i = 0; i < c.n; i += W) {
+    const vf base = base_value(c, rule, i);
+    Sums s;
+    for (int t = 0; t < piece.tasks; ++t) {
+      vf delta;
+      const vf e = contribution(tasks[t], c.views[t], base, i, c.first + i, bad, delta);
+      const vf w = weight_of(tasks[t], c.views[t], i, bad);
+      accumulate<true, false>(s, rule, e, w, e * w);
+    }
+    const uint32_t real = n - i >= W ? ~0u : (1u << (n - i)) - 1u;
+    total += __builtin_popcount(lanes(gt(s.total, vf{})) & real) - __builtin_popcount(lanes(gt(vf{}, s.total)) & real);
+  }
+  return total;
+}
+
+PF_INLINE const void* padded_copy(float* row, const void* from, int64_t bytes) {
+  memset(row, 0, kRow * 4);
+  memcpy(row, from, bytes);
+  return row;
+}
+
+PF_INLINE const float* widened(float* row, uint64_t p, int32_t dtype, int64_t first, int n) {
+  memset(row + n / (2 * W) * (2 * W), 0, 2 * W * 4);
+  widen(row, (const void*)p, dtype, first, n);
+  return row;
+}
+
+// Points every task at its elements of the chunk; what is stored in another form is staged in scratch. A chunk that
+// is no whole number of vectors is copied to padded scratch, so that one loop serves all.
+PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin, int n, const Scratch& scratch) {
+  const int padded = (n + 2 * W - 1) / (2 * W) * (2 * W);  // a loop may take two vectors at once
+  const bool ragged = padded != n;
+  View* views = scratch.views;
+  Chunk c;
+  c.views = views, c.n = padded, c.first = piece.start + begin;
+  c.base_dtype = piece.base_dtype;
+  c.base = piece.base ? (const uint8_t*)piece.base + begin * itemsize(piece.base_dtype) : nullptr;
+  c.out = (uint8_t*)piece.out + begin * (piece.out ? itemsize(piece.out_dtype) : 0);
+  if (ragged) {
+    if (c.base) c.base = padded_copy(scratch.base, c.base, n * itemsize(piece.base_dtype));
+    c.out = scratch.out;
+  }
+  c.sign = piece.sign ? widened(scratch.sign, piece.sign, piece.sign_dtype, begin, n) : nullptr;
+  for (int t = 0; t < piece.tasks; ++t) {
+    const Task& task = tasks[t];
+    View& v = views[t];
+    const int64_t row = int64_t(t) * kRow;
+    v.x = (const uint8_t*)task.x + begin * itemsize(task.dtype);
+    if (ragged) v.x = padded_copy(scratch.input + row, v.x, n * itemsize(task.dtype));
+    v.mask = v.weights = v.probability = nullptr;
+    v.words = nullptr;
+    if (task.keep == kKeepRandom || task.keep == kKeepRandomPerElement) {
+      const uint64_t offset = uint64_t(c.first) % 4;
+      uint32_t* words = (uint32_t*)scratch.words + row;
+      philox_words(words, task.key, uint64_t(c.first) - offset, n + int(offset));
+      v.words = words + offset;
+    }
+    if (task.keep == kKeepRandomPerElement) {
+      v.probability = (const float*)task.probability + begin;
+      if (ragged) {
+        float* copy = scratch.probability + row;
+        for (int i = n; i < c.n; ++i) copy[i] = 1.0f;  // a divisor, in the padding too
+        memcpy(copy, v.probability, n * 4);
+        v.probability = copy;
+      }
+    }
+    if (task.mask)
+      v.mask = widened(scratch.mask + row, task.mask, task.mask_dtype, task.mask_dtype == kBits ? c.first : begin, n);
+    if (task.weights) v.weights = widened(scratch.weights + row, task.weights, task.weights_dtype, begin, n);
+  }
+  return c;
+}
+
+PF_INLINE bool any_from(vi sizes, int32_t least) {
+  bool any = false;
+  for (int i = 0; i < W; ++i) any |= sizes[i] >= least;
+  return any;
+}
+
+PF_INLINE double tree_sum_32(const double* lane) {
+  double s[32];
+  memcpy(s, lane, sizeof s);
+  for (int half = 16; half; half /= 2)
+    for (int j = 0; j < half; ++j) s[j] = s[j] + s[j + half];
+  return s[0];
+}
+
+}  // namespace
+
+extern "C" void PETA_JOIN(peta_delta_merge_, PETA_VARIANT)(Mode mode, Piece& piece, const Task* all_tasks,
+                                                           const Rule& rule, int64_t begin, int64_t end,
+                                                           const Scratch& scratch, uint32_t* nonfinite,
+                                                           int64_t* sign_total) {
+  const Task* tasks = all_tasks + piece.first_task;
+  const int T = piece.tasks;
+  const MergeChunk general = general_loop(rule), plain = plain_loop_for(piece, tasks, rule);
+  vi bad = vi{}, largest = vi{};
+  int64_t signs = 0;
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int n = int(end - at < kChunk ? end - at : kChunk);
+    const Chunk c = open_chunk(piece, tasks, at, n, scratch);
+    if (mode == kKeptNorm) {
+      if (at % kBlock == 0) memset(scratch.sums, 0, sizeof(double) * T * 64);
+      norm_chunk(c, piece, tasks, rule, n, scratch);
+      if ((at + kChunk) % kBlock == 0 || at + kChunk >= end)
+        for (int k = 0; k < 2 * T; ++k)
+          ((double*)piece.partials)[at / kBlock * 2 * T + k] = tree_sum_32(scratch.sums + k * 32);
+    } else if (mode == kSignTotal) {
+      signs += sign_chunk(c, piece, tasks, rule, n, bad);
+    } else {
+      const bool stream = (uintptr_t)c.out % 64 == 0 && c.n == n;
+      const bool common = plain && one_threshold_each(c, scratch.views, tasks, T, n);
+      (common ? plain : general)(c, piece, tasks, rule, scratch, stream, bad, largest);
+      if (c.n != n) memcpy((uint8_t*)piece.out + at * itemsize(piece.out_dtype), c.out, n * itemsize(piece.out_dtype));
+    }
+  }
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+  *nonfinite |= (any_from(bad, kInfBits) ? 1u : 0u) | (any_from(largest, first_overflow(piece.out_dtype)) ? 2u : 0u);
+  *sign_total += signs;
+}
