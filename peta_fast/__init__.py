@@ -1,0 +1,32 @@
+"""Merging and linearized fine-tuning at the cost of reading the inputs and writing the output."""
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {
+    "merge": "peta_fast.merging",
+    "merge_state_dicts": "peta_fast.merging",
+    "load_recipe": "peta_fast.recipe",
+    "make_plan": "peta_fast.plan",
+    "open_checkpoint": "peta_fast.formats",
+    "PetaFastError": "peta_fast.errors",
+    "RecipeError": "peta_fast.errors",
+    "CheckpointError": "peta_fast.errors",
+    "CompatibilityError": "peta_fast.errors",
+    "ResourceError": "peta_fast.errors",
+}
+"""Public name -> the module it comes from, imported when it is first asked for."""
+
+__version__ = "0.1.0"
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'peta_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

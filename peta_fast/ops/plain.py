@@ -1,0 +1,352 @@
+"""The native functions again in plain numpy, bit for bit: what runs where nothing could be compiled.
+
+Same names, arguments and results as csrc/bindings.cpp; `threads` is taken and ignored. Slow: every step of the algebra
+is a pass over memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peta_fast.ops import records as r
+
+CHUNK = 1 << 18
+"""Elements at once; a multiple of BLOCK."""
+
+RECORD_BYTES = {"piece": r.PIECE.itemsize, "task": r.TASK.itemsize, "rule": r.RULE.itemsize}
+F32 = np.float32
+ITEM = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.uint16)}
+
+
+def _view(address: int, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` items of raw memory as an array, without a copy."""
+    if count == 0:
+        return np.empty(0, dtype)
+    interface = {"data": (int(address), False), "shape": (count,), "typestr": dtype.str, "version": 3}
+    return np.asarray(type("Memory", (), {"__array_interface__": interface})())
+
+
+def _load(address: int, code: int, start: int, count: int) -> np.ndarray:
+    item = ITEM[code]
+    stored = _view(int(address) + start * item.itemsize, item, count)
+    if code == r.CODES["BF16"]:
+        return (stored.astype(np.uint32) << 16).view(F32)
+    return stored.astype(F32)
+
+
+def _load_any(address: int, code: int, start: int, count: int, flat: int) -> np.ndarray:
+    """Masks and weights; `flat` is the index within the tensor, for masks of bits."""
+    if code == r.CODES["BITS"]:
+        first = flat // 8
+        raw = _view(int(address) + first, np.dtype(np.uint8), (flat + count + 7) // 8 - first)
+        return np.unpackbits(raw, bitorder="little")[flat - first * 8 :][:count].astype(F32)
+    if code == r.CODES["BYTES"]:
+        return (_view(int(address) + start, np.dtype(np.uint8), count) != 0).astype(F32)
+    return _load(address, code, start, count)
+
+
+def _store(address: int, code: int, start: int, y: np.ndarray) -> bool:
+    """Rounds once, NaN in its one pattern; returns whether anything stored is not finite."""
+    item = ITEM[code]
+    out = _view(int(address) + start * item.itemsize, item, len(y))
+    y = np.where(np.isnan(y), F32(np.nan), y)
+    if code == r.CODES["BF16"]:
+        u = y.view(np.uint32)
+        out[:] = (u + np.uint32(0x7FFF) + (u >> 16 & 1)) >> 16
+        return bool(((out & 0x7F80) == 0x7F80).any())
+    with np.errstate(over="ignore"):
+        out[:] = y.astype(item)
+    return not np.isfinite(out).all()
+
+
+def _magnitude_bits(d: np.ndarray) -> np.ndarray:
+    return d.view(np.uint32) & np.uint32(r.ABS_MASK)
+
+
+def _delta(base_kind: int, base: int, base_code: int, x: np.ndarray, start: int) -> np.ndarray:
+    if base_kind == r.BASE_ZERO:
+        return x
+    return x - (F32(1) if base_kind == r.BASE_ONE else _load(base, base_code, start, len(x)))
+
+
+def _in_top(a: np.ndarray, threshold: int, last_index: int, first: int) -> np.ndarray:
+    index = np.arange(first, first + len(a))
+    return (a > threshold) | ((a == threshold) & (index <= last_index))
+
+
+def _kept(task, a: np.ndarray, start: int, flat: int) -> np.ndarray:
+    keep = task["keep"]
+    if keep == r.KEEP_ALL:
+        return np.ones(len(a), bool)
+    if keep == r.KEEP_NONE:
+        return np.zeros(len(a), bool)
+    if keep == r.KEEP_TOP:
+        return _in_top(a, task["low"], task["low_index"], flat)
+    if keep == r.KEEP_BAND:
+        low, high = (_in_top(a, task[e], task[f"{e}_index"], flat) for e in ("low", "high"))
+        return low & ~high
+    first = flat // 4 * 4
+    words = philox_words(int(task["key"]), first, flat - first + len(a))[flat - first :][: len(a)]
+    u = (words >> 8).astype(F32) * F32(2.0**-24)
+    if keep == r.KEEP_RANDOM:
+        return u < task["p"]
+    return u < _view(int(task["probability"]) + start * 4, np.dtype(F32), len(a))
+
+
+def _contribution(piece, rule, task, start: int, count: int):
+    """d, and d sparsified, masked, prescaled; with whether anything was not finite."""
+    flat = int(piece["start"]) + start
+    x = _load(task["x"], task["dtype"], start, count)
+    kind = r.BASE_ZERO if task["is_delta"] else rule["base_kind"]
+    d = _delta(kind, piece["base"], piece["base_dtype"], x, start)
+    a = _magnitude_bits(d)
+    e = np.where(_kept(task, a, start, flat), d, F32(0))
+    finite = np.isfinite(d).all()
+    if task["mask"]:
+        m = _load_any(task["mask"], task["mask_dtype"], start, count, flat)
+        e, finite = e * m, finite and np.isfinite(m).all()
+    if task["by_probability"]:
+        e = e * (F32(1) / _view(int(task["probability"]) + start * 4, np.dtype(F32), count))
+    if task["prescale"] != 1:
+        e = e * task["prescale"]
+    return d, e, not finite
+
+
+def _weight(task, start: int, count: int):
+    if not task["weights"]:
+        return np.full(count, task["weight"], F32)
+    return task["weight"] * _load(task["weights"], task["weights_dtype"], start, count)
+
+
+def _merged(piece, rule, tasks, start: int, count: int) -> tuple[np.ndarray, bool]:
+    """What is added to the base, by the rule; with whether an input was not finite."""
+    minus_zero = np.full(count, -0.0, F32)
+    total, positive, negative = minus_zero, minus_zero, minus_zero
+    positive_divisor = negative_divisor = np.zeros(count, F32)
+    bad, values = False, []
+    electing, aggregate = rule["elect"] != r.ELECT_NONE, rule["aggregate"]
+    for task in tasks:
+        _, e, nonfinite = _contribution(piece, rule, task, start, count)
+        bad |= nonfinite
+        w = _weight(task, start, count)
+        we = e * w
+        if not electing:
+            if aggregate in (r.LARGEST_FIRST, r.LARGEST_LAST):
+                a, best = _magnitude_bits(we), _magnitude_bits(total)
+                total = np.where(a >= best if aggregate == r.LARGEST_LAST else a > best, we, total)
+            elif aggregate == r.MEDIAN:
+                values.append(we)
+            else:
+                total = total + we
+            continue
+        v = we if rule["elect"] == r.ELECT_WEIGHTED else e
+        up, down = v > 0, v < 0
+        total = total + (np.sign(v) if rule["elect"] == r.ELECT_COUNT else v)
+        if aggregate == r.MAX:
+            positive = np.where(up & (we > positive), we, positive)
+            negative = np.where(down & (we < negative), we, negative)
+            continue
+        share = F32(1) if rule["divide"] == r.DIVIDE_AGREEING_COUNT else w
+        positive, negative = np.where(up, positive + we, positive), np.where(down, negative + we, negative)
+        positive_divisor = np.where(up, positive_divisor + share, positive_divisor)
+        negative_divisor = np.where(down, negative_divisor + share, negative_divisor)
+    if values:
+        total = np.sort(np.stack(values), axis=0)[(len(values) - 1) // 2]
+    if electing:
+        total = _elected(rule, total, positive, negative, positive_divisor, negative_divisor)
+    if rule["divide"] == r.DIVIDE_CONSTANT and rule["divisor"] != 1:
+        total = total / rule["divisor"]
+    return (total * rule["scaling"] if rule["scaling"] != 1 else total), bad
+
+
+def _elected(rule, total, positive, negative, positive_divisor, negative_divisor) -> np.ndarray:
+    above, below = total > 0, total < 0
+    up = ~below if rule["zero_sign"] > 0 else above
+    down = ~above if rule["zero_sign"] < 0 else below
+    chosen = np.where(up, positive, np.where(down, negative, F32(-0.0)))
+    if rule["divide"] == r.DIVIDE_CONSTANT:
+        return chosen
+    divisor = np.where(up, positive_divisor, negative_divisor)
+    if rule["floor"] > 0:
+        divisor = np.where(divisor < rule["floor"], rule["floor"], divisor)
+    else:
+        divisor = np.where(divisor == 0, F32(1), divisor)
+    return chosen / divisor
+
+
+def delta_merge(mode: int, pieces, tasks, rules, threads: int = 0) -> None:
+    with np.errstate(all="ignore"):
+        for piece in pieces:
+            mine = tasks[piece["first_task"] : piece["first_task"] + piece["tasks"]]
+            piece["nonfinite"] = piece["sign_total"] = 0
+            for start in range(0, int(piece["size"]), CHUNK):
+                count = min(CHUNK, int(piece["size"]) - start)
+                _MODES[mode](piece, rules[piece["rule"]], mine, start, count)
+
+
+def _merge_chunk(piece, rule, tasks, start: int, count: int) -> None:
+    y, bad = _merged(piece, rule, tasks, start, count)
+    if rule["base_kind"] != r.BASE_ZERO:
+        one = rule["base_kind"] == r.BASE_ONE
+        base = np.ones(count, F32) if one else _load(piece["base"], piece["base_dtype"], start, count)
+        bad |= not np.isfinite(base).all()
+        y = np.where(y == 0, base, base + y)
+    bad_out = _store(piece["out"], piece["out_dtype"], start, y)
+    piece["nonfinite"] |= int(bad) | int(bad_out) << 1
+
+
+def _norm_chunk(piece, rule, tasks, start: int, count: int) -> None:
+    partials = _view(piece["partials"], np.dtype(np.float64), -(-int(piece["size"]) // r.BLOCK) * len(tasks) * 2)
+    partials = partials.reshape(-1, len(tasks), 2)
+    for t, task in enumerate(tasks):
+        d, e, _ = _contribution(piece, rule, task, start, count)
+        for which, values in enumerate((d, e)):
+            sums = _block_sums(np.abs(values).astype(np.float64))
+            partials[start // r.BLOCK :, t, which][: len(sums)] = sums
+
+
+def _sign_chunk(piece, rule, tasks, start: int, count: int) -> None:
+    total = np.full(count, -0.0, F32)
+    for task in tasks:
+        _, e, _ = _contribution(piece, rule, task, start, count)
+        v = e * _weight(task, start, count) if rule["elect"] == r.ELECT_WEIGHTED else e
+        total = total + (np.sign(v) if rule["elect"] == r.ELECT_COUNT else v)
+    piece["sign_total"] += int(np.sign(total).sum(dtype=np.float64))
+
+
+_MODES = {r.MERGE: _merge_chunk, r.KEPT_NORM: _norm_chunk, r.SIGN_TOTAL: _sign_chunk}
+
+
+def _block_sums(values: np.ndarray) -> np.ndarray:
+    """[blocks] sums of 4096 elements each: 32 interleaved lanes, element by element, then halves onto halves."""
+    padded = np.zeros(-(-len(values) // r.BLOCK) * r.BLOCK)
+    padded[: len(values)] = values
+    lanes = np.zeros((len(padded) // r.BLOCK, 32))
+    for step in padded.reshape(-1, r.BLOCK // 32, 32).swapaxes(0, 1):
+        lanes = lanes + step
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def tree_sum(values: np.ndarray) -> float:
+    """Adjacent pairs, padded with zeros to a power of two."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return 0.0
+    while len(values) > 1:
+        values = np.append(values, 0.0) if len(values) % 2 else values
+        values = values[0::2] + values[1::2]
+    return float(values[0])
+
+
+def philox_words(key: int, first: int, count: int) -> np.ndarray:
+    counters = np.arange(first // 4, first // 4 + (count + 3) // 4, dtype=np.uint64)
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1 = counters & low, counters >> np.uint64(32)
+    c2 = c3 = np.zeros_like(counters)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            p1 >> np.uint64(32) ^ c1 ^ np.uint64(k0), p1 & low, p0 >> np.uint64(32) ^ c3 ^ np.uint64(k1), p0 & low,
+        )  # fmt: skip
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32).reshape(-1)
+
+
+def _whole_delta(delta, size: int) -> np.ndarray:
+    x = _load(delta["x"], delta["dtype"], 0, size)
+    with np.errstate(all="ignore"):
+        return _delta(
+            r.BASE_ZERO if delta["is_delta"] else delta["base_kind"], delta["base"], delta["base_dtype"], x, 0
+        )
+
+
+def select_magnitudes(tasks, queries, threads: int = 0) -> None:
+    for task in tasks:
+        a = _magnitude_bits(_whole_delta(task["delta"], int(task["size"])))
+        ordered = np.sort(a)[::-1]
+        for query in queries[task["first_query"] : task["first_query"] + task["queries"]]:
+            threshold = ordered[query["count"] - 1]
+            equal = np.flatnonzero(a == threshold)
+            query["threshold"], query["equal"] = threshold, len(equal)
+            query["above"] = np.count_nonzero(a > threshold)
+            kept = int(query["count"] - query["above"])
+            query["last_index"] = r.LAST if kept == len(equal) else equal[kept - 1]
+
+
+def magnitude_histogram(delta, size: int, bins, prefix: int, threads: int = 0) -> None:
+    a = _magnitude_bits(_whole_delta(delta[0], size))
+    if prefix < 0:
+        bins += np.bincount(a >> 15, minlength=65536).astype(np.uint64)
+    else:
+        bins += np.bincount(a[a >> 15 == prefix] & 0x7FFF, minlength=32768).astype(np.uint64)
+
+
+def ranked_probability(delta, begin_row: int, rows: int, columns: int, low, high, out, threads: int = 0) -> None:
+    a = _magnitude_bits(_whole_delta(delta[0], (begin_row + rows) * columns))
+    a = a[begin_row * columns :].reshape(rows, columns)
+    order = np.argsort(a, axis=1, kind="stable")
+    span = high - low
+    ranked = np.arange(columns) / np.float64(columns - 1) if columns > 1 else np.full(1, 0.5)
+    by_rank = (low + span * np.arange(columns) / (columns - 1)) if columns > 1 else low + span * ranked
+    np.put_along_axis(out[: rows * columns].reshape(rows, columns), order, by_rank.astype(F32)[None, :], axis=1)
+
+
+def task_statistics(deltas, size: int, threads: int = 0) -> dict[str, np.ndarray]:
+    count = len(deltas)
+    d = [_whole_delta(x, size) for x in deltas]
+    wide = [x.astype(np.float64) for x in d]
+    pairs = [(s, t) for s in range(count) for t in range(s, count)]
+    with np.errstate(all="ignore"):
+        sums = [tree_sum(_block_sums(x)) for x in wide] + [tree_sum(_block_sums(np.abs(x))) for x in wide]
+        sums += [tree_sum(_block_sums(wide[s] * wide[t])) for s, t in pairs]
+    bits = [_magnitude_bits(x) for x in d]
+    infinity = r.bits(np.inf)
+    opposite = [int(((d[s] > 0) & (d[t] < 0) | (d[s] < 0) & (d[t] > 0)).sum()) for s, t in pairs if s != t]
+    up = np.any([x > 0 for x in d], axis=0)
+    down = np.any([x < 0 for x in d], axis=0)
+    return {
+        "sums": np.array(sums),
+        "nonfinite": np.array([(b >= infinity).sum() for b in bits], np.int64),
+        "nonzero": np.array([(b != 0).sum() for b in bits], np.int64),
+        "largest": np.array([b[b <= infinity].max(initial=0) for b in bits], np.uint32),
+        "conflicts": np.array(opposite, np.int64),
+        "any_conflict": np.array([(up & down).sum()], np.int64),
+    }
+
+
+def copy_bytes(to: int, source: int, count: int, threads: int = 0) -> None:
+    byte = np.dtype(np.uint8)
+    _view(to, byte, count)[:] = _view(source, byte, count)
+
+
+CHECKSUM_BLOCK = 1 << 20
+_MASK = (1 << 64) - 1
+
+
+def _mix(state: int, value: int) -> int:
+    state = ((state ^ value) * 0x9E3779B97F4A7C15) & _MASK
+    return state ^ state >> 32
+
+
+def checksum(source: int, count: int, threads: int = 0) -> int:
+    """Fletcher sums of 64-bit words in 8 lanes over blocks of 1 MiB, mixed in order; csrc/checksum.h."""
+    state = count
+    for start in range(0, count, CHECKSUM_BLOCK):
+        size = min(CHECKSUM_BLOCK, count - start)
+        padded = np.zeros((size // 64 + 1) * 64, np.uint8)
+        padded[:size] = _view(source + start, np.dtype(np.uint8), size)
+        words = padded.view(np.uint64).reshape(-1, 8)
+        sums = words.cumsum(axis=0, dtype=np.uint64)
+        part = size
+        for lane, total in zip(sums[-1].tolist(), sums.sum(axis=0, dtype=np.uint64).tolist(), strict=True):
+            part = _mix(_mix(part, lane), total)
+        state = _mix(state, part)
+    return state
+
+
+def default_threads() -> int:
+    return 1

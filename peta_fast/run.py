@@ -1,0 +1,326 @@
+"""Runs a plan: read, merge, write, in bounded memory, so that a kill at any moment loses nothing.
+
+Output slabs are made one after another in file order. All threads work on one slab at a time; a finished one goes to
+a writer thread, past the page cache where the filesystem allows it, while the next is made, and the kernel is asked to
+read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab, when its
+bytes are about to be read anyway.
+
+Files appear at the end: shards, index, other files, config last.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from peta_fast._engine import Engine, Piece
+from peta_fast._output import PAGE, Output
+from peta_fast._tensor_plan import TensorPlan, is_whole_tensor
+from peta_fast.buffers import ITEMSIZE, Buffer
+from peta_fast.journal import Slab, slabs_of
+from peta_fast.plan import RING, Plan, batch_size
+
+AHEAD = 8
+"""Slabs whose inputs the kernel is asked to read ahead when they are not in memory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes of readings and writing done, of those the plan counts.
+
+    phase  "statistics" of the whole model, "merging", or "writing": waiting for the disk
+    """
+
+    done_bytes: int
+    total_bytes: int
+    phase: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did: bytes it read and wrote. skipped_bytes were found on the disk by --resume."""
+
+    out: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tensors: int
+    skipped_bytes: int
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "out": str(self.out)}
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Carries out a plan.
+
+    resume           go on where a killed run of the same plan stopped; where nothing was begun, begin
+    force            replace what is in `out`; with resume, only where it is not of the same plan
+    allow_nonfinite  NaN and inf in inputs are no error
+    threads          0: one a core
+
+    Raises CheckpointError when an input holds NaN or inf, ResourceError when the output cannot be written or is there
+    already. Nothing is published unless everything is.
+    """
+    began = time.perf_counter()
+    with Output(plan, Path(out), resume=resume, force=force) as output:
+        pending = output.pending(threads)
+        content = _Content(plan)
+        meter = _Meter(plan, content, pending, progress)
+        if pending:
+            engine = Engine(
+                plan.recipe, plan.tensors, plan.sources, plan.masks, threads=threads, allow_nonfinite=allow_nonfinite
+            )
+            engine.find_model_statistics(meter.add_reading)
+            _make_slabs(plan, engine, output, pending, content, meter)
+        meter.add(0, "writing")
+        output.finish()
+    seconds = time.perf_counter() - began
+    return Report(Path(out), seconds, meter.to_read, meter.to_write, len(plan.tensors), output.skipped)
+
+
+class _Meter:
+    """Adds up what has been done and tells it; what a killed run has left counts as done."""
+
+    def __init__(self, plan: Plan, content: _Content, pending: list[Slab], tell: Callable[[Progress], None] | None):
+        skipped = set(slabs_of(plan.layouts, plan.slab)).difference(pending)
+        self.to_read = plan.bytes_read - sum(content.bytes_read(slab) for slab in skipped) if pending else 0
+        self.to_write = plan.bytes_written - sum(slab.size for slab in skipped) if pending else 0
+        self.tell = tell
+        self.total = plan.bytes_read + plan.bytes_written
+        self.done = self.total - self.to_read - self.to_write
+
+    def add(self, count: int, phase: str, tensor: str = "") -> None:
+        self.done = min(self.done + count, self.total)
+        if self.tell:
+            self.tell(Progress(self.done, self.total, phase, tensor))
+
+    def add_reading(self, tensor: TensorPlan) -> None:
+        self.add(tensor.input_bytes, "statistics", tensor.name)
+
+
+def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab], content: _Content, meter) -> None:
+    ring = _Ring(plan.slab, min(RING, len(pending)))
+    writer = _Writer(output, ring)
+    reader = _ReadAhead(plan)
+    batches = _Batches(plan, content, pending)
+    try:
+        for i, slab in enumerate(pending):
+            for ahead in pending[i : i + 1 + AHEAD] if reader.needed else ():
+                reader.ask(content.parts(ahead))
+            engine.get_ready(batches.beginning_at(i))
+            buffer = ring.take()
+            parts = content.parts(slab)
+            _fill(engine, parts, buffer, slab.size)
+            writer.put(slab, buffer)
+            engine.forget(batches.needed_after(i))
+            meter.add(content.bytes_read(slab) + slab.size, "merging", parts[-1].tensor.name)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.finish()
+
+
+class _Batches:
+    """Runs of slabs whose tensors are got ready together: statistics of many small tensors in one call."""
+
+    def __init__(self, plan: Plan, content: _Content, pending: list[Slab]):
+        self.content, self.pending = content, pending
+        self.limit = 0 if is_whole_tensor(plan.recipe) else batch_size(plan.slab)
+        self.stop = 0
+        self.tensors: dict[str, TensorPlan] = {}
+
+    def beginning_at(self, i: int) -> list[TensorPlan]:
+        """The tensors of the batch that begins with the i-th slab; none where a batch is under way."""
+        if i < self.stop:
+            return []
+        self.tensors, size = {}, 0
+        while self.stop < len(self.pending):
+            found = {p.tensor.name: p.tensor for p in self.content.parts(self.pending[self.stop])}
+            fresh = sum(t.size for name, t in found.items() if name not in self.tensors)
+            if self.stop > i and fresh and size + fresh > self.limit:
+                break
+            self.tensors.update(found)
+            size, self.stop = size + fresh, self.stop + 1
+        return list(self.tensors.values())
+
+    def needed_after(self, i: int) -> set[str]:
+        """The names of tensors that later slabs of this batch, or the next slab, still need."""
+        if i + 1 < self.stop:
+            return set(self.tensors)
+        following = self.content.parts(self.pending[i + 1]) if i + 1 < len(self.pending) else []
+        return {p.tensor.name for p in following}
+
+
+def _fill(engine: Engine, parts: list[Part], buffer: Buffer, size: int) -> None:
+    """Makes one slab of `size` bytes; what no tensor covers is zero, to the end of the last page."""
+    filled = 0
+    for part in parts:
+        _clear(buffer, filled, part.offset)
+        filled = part.offset + part.stop - part.start
+    _clear(buffer, filled, min(-(-size // PAGE) * PAGE, buffer.size))
+    engine.fill(
+        [
+            Piece(p.tensor, p.start, p.stop, Buffer(buffer.address + p.offset, "U8", p.stop - p.start, buffer))
+            for p in parts
+        ]
+    )
+
+
+def _clear(buffer: Buffer, start: int, stop: int) -> None:
+    if stop > start:
+        buffer.as_bytes()[start:stop] = bytes(stop - start)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes [start, stop) of a tensor's output at `offset` within a slab."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    offset: int
+
+
+class _Content:
+    """Which parts of which tensors each slab holds."""
+
+    def __init__(self, plan: Plan):
+        by_name = {t.name: t for t in plan.tensors}
+        self.shards = []
+        for layout in plan.layouts:
+            tensors = [by_name[name] for name in layout.offsets]
+            starts = np.fromiter(layout.offsets.values(), np.int64, len(tensors))
+            self.shards.append((tensors, starts))
+
+    def parts(self, slab: Slab) -> list[Part]:
+        tensors, starts = self.shards[slab.shard]
+        first = max(int(np.searchsorted(starts, slab.start, "right")) - 1, 0)
+        found = []
+        for i in range(first, len(tensors)):
+            at, nbytes = int(starts[i]), tensors[i].nbytes
+            if at >= slab.stop:
+                break
+            start, stop = max(slab.start - at, 0), min(slab.stop - at, nbytes)
+            if start < stop:
+                found.append(Part(tensors[i], start, stop, at + start - slab.start))
+        return found
+
+    def bytes_read(self, slab: Slab) -> int:
+        """Of the inputs, the share that goes into one slab."""
+        count = 0.0
+        for part in self.parts(slab):
+            readings = part.tensor.input_bytes * part.tensor.costs.readings
+            count += readings * (part.stop - part.start) / part.tensor.nbytes
+        return round(count)
+
+
+class _Ring:
+    """Page-aligned buffers that go from the maker to the writer and back."""
+
+    def __init__(self, size: int, count: int):
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.maps = [mmap.mmap(-1, size, flags=private) for _ in range(count)]
+        self.free: queue.SimpleQueue = queue.SimpleQueue()
+        for mapped in self.maps:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                mapped.madvise(mmap.MADV_HUGEPAGE)  # a direct write pins its pages one by one
+            address = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+            self.free.put(Buffer(address, "U8", size, mapped))
+        self.broken: BaseException | None = None
+
+    def take(self) -> Buffer:
+        """A free buffer; raises what the writer died of."""
+        buffer = self.free.get()
+        if self.broken:
+            raise self.broken
+        return buffer
+
+    def give_back(self, buffer: Buffer) -> None:
+        self.free.put(buffer)
+
+
+class _Writer:
+    """Writes slabs in the order they come, on a thread of its own."""
+
+    def __init__(self, output: Output, ring: _Ring):
+        self.output, self.ring = output, ring
+        self.slabs: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="peta_fast writer", daemon=True)
+        self.thread.start()
+
+    def put(self, slab: Slab, buffer: Buffer) -> None:
+        self.slabs.put((slab, buffer))
+
+    def _work(self) -> None:
+        while (item := self.slabs.get()) is not None:
+            slab, buffer = item
+            if self.ring.broken is None:
+                try:
+                    self.output.write(slab, buffer)
+                except BaseException as error:  # reaches the maker with its next buffer
+                    self.ring.broken = error
+            self.ring.give_back(buffer)
+
+    def finish(self) -> None:
+        self.slabs.put(None)
+        self.thread.join()
+        if self.ring.broken:
+            raise self.ring.broken
+
+    def abandon(self) -> None:
+        """After a fault of the maker: what is queued is still written, its own faults no longer matter."""
+        self.slabs.put(None)
+        self.thread.join()
+
+
+class _ReadAhead:
+    """Asks the kernel for inputs, each range once; `needed` where they seem not to be in memory yet."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.asked: dict[str, int] = {}
+        self.needed = not all(_is_resident(f) for s in plan.sources.values() for f in getattr(s, "files", ()))
+
+    def ask(self, parts: list[Part]) -> None:
+        for part in parts:
+            tensor, width = part.tensor, ITEMSIZE[part.tensor.dtype]
+            stop = tensor.size if tensor.costs.readings > 1 else part.stop // width
+            start = self.asked.get(tensor.name, part.start // width)
+            if stop > start:
+                self.asked[tensor.name] = stop
+                for ref, name in tensor.inputs:
+                    self.plan.sources[ref].prefetch(name, start, stop)
+
+
+def _is_resident(file: Path, samples: int = 16) -> bool:
+    """Whether a file seems to be in the page cache, by reading a few bytes that must not wait for the disk."""
+    flag = getattr(os, "RWF_NOWAIT", None)
+    if flag is None:
+        return False
+    with open(file, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for i in range(samples):
+            try:
+                os.preadv(stream.fileno(), [bytearray(1)], i * max(size - 1, 0) // max(samples - 1, 1), flag)
+            except OSError:
+                return False
+    return True
