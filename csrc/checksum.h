@@ -3,6 +3,5 @@
 #pragma once
 #include <cstdint>
 
-// Fletcher sums of 64-bit words in 8 interleaved lanes over blocks of 1 MiB, mixed in order. The tail is padded with
-// zeros and the length mixed in.
+// XXH64 (seed 0) of the XXH64 digests of blocks of 1 MiB, little-endian, in order.
 uint64_t checksum(const void* bytes, int64_t size, int threads);

@@ -11,7 +11,33 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace {
+
+// IEEE arithmetic to nearest even, denormals and all, whatever mode the caller has set for its own threads (and the
+// pool's have inherited). Restored at the end.
+class IeeeMode {
+ public:
+#if defined(__x86_64__)
+  IeeeMode() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~IeeeMode() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  IeeeMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~IeeeMode() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
 
 struct Job {
   const std::function<void(int64_t, int)>* work;
@@ -21,6 +47,7 @@ struct Job {
   std::atomic<int> running{0};
 
   void run(int worker) {
+    [[maybe_unused]] const IeeeMode mode;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*work)(i, worker);
   }
 };

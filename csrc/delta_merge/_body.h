@@ -163,7 +163,7 @@ struct Chunk {
   int32_t base_dtype;
   const float* sign;
   void* out;
-  int n;          // whole vectors, except that the last may be padded by the caller
+  int n, real;    // elements: whole vectors with the caller's padding, and without it
   int64_t first;  // flat index of the chunk's first element within its tensor
 };
 
@@ -189,6 +189,9 @@ PF_INLINE int32_t first_overflow(int32_t dtype) {
   return dtype == kBF16 ? 0x7f7f8000 : dtype == kF16 ? 0x477ff000 : 0x7f800000;
 }
 
+// What padding makes of itself counts for nothing: 0 in all lanes but the first `count`.
+PF_INLINE vi leading(vi v, int count) { return count >= W ? v : select(gt(splat_i(count), iota()), v, vi{}); }
+
 template <bool kElecting, bool kExtreme>
 void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch& scratch, bool,
                  vi& bad, vi& largest) {
@@ -206,14 +209,17 @@ void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Ru
       else accumulate<kElecting, kExtreme>(s, rule, x, w, wx);
     }
     if (by_median) s.total = median(sorted, T);
-    if (kElecting && rule.elect == kElectGiven) s.total = load_raw<vf>(c.sign + i);
+    if (kElecting && rule.elect == kElectGiven) {
+      s.total = load_raw<vf>(c.sign + i);
+      bad = max_i(bad, abs_bits(s.total));
+    }
     const Elected e = elected<kElecting>(s, rule);
     vf y = normalized(e.sum, e.divisor, rule);
     if (rule.base_kind != kBaseZero) {
       y = select(eq(y, vf{}), base, base + y);
       bad = max_i(bad, abs_bits(base));
     }
-    largest = max_i(largest, store(c.out, piece.out_dtype, i, y));
+    largest = max_i(largest, leading(store(c.out, piece.out_dtype, i, y), c.real - i));
   }
 }
 
@@ -396,7 +402,7 @@ PF_INLINE int64_t sign_chunk(const Chunk& c, const Piece& piece, const Task* tas
       const vf w = weight_of(tasks[t], c.views[t], i, bad);
       accumulate<true, false>(s, rule, e, w, e * w);
     }
-    const uint32_t real = n - i >= W ? ~0u : (1u << (n - i)) - 1u;
+    const uint32_t real = n - i >= W ? ~0u : n > i ? (1u << (n - i)) - 1u : 0u;
     total += __builtin_popcount(lanes(gt(s.total, vf{})) & real) - __builtin_popcount(lanes(gt(vf{}, s.total)) & real);
   }
   return total;
@@ -421,7 +427,7 @@ PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin,
   const bool ragged = padded != n;
   View* views = scratch.views;
   Chunk c;
-  c.views = views, c.n = padded, c.first = piece.start + begin;
+  c.views = views, c.n = padded, c.real = n, c.first = piece.start + begin;
   c.base_dtype = piece.base_dtype;
   c.base = piece.base ? (const uint8_t*)piece.base + begin * itemsize(piece.base_dtype) : nullptr;
   c.out = (uint8_t*)piece.out + begin * (piece.out ? itemsize(piece.out_dtype) : 0);

@@ -225,13 +225,10 @@ def prepare(
     """
     wanted = [_ranks_for(spec, inputs, model_ranks) for spec, inputs in requests]
     found = _select(requests, wanted, threads)
-    prepared = [
+    return [
         _prepare_one(spec, inputs, ranks, seed, majority, threads)
         for (spec, inputs), ranks in zip(requests, found, strict=True)
     ]
-    for p in prepared:
-        _restore_l1(p, threads)
-    return prepared
 
 
 def ranks_wanted(keep: Keep) -> tuple[int, ...]:
@@ -281,7 +278,9 @@ def _prepare_one(spec, inputs, ranks, seed, majority, threads) -> Prepared:
             _fill_task(record, term, inputs, t, means[t])
             record["key"] = philox_key(seed, t, inputs.name) if _is_random(term.keep) else 0
             _fill_keep(record, term.keep, ranks[b][t], b * step)
-    return Prepared(spec, inputs, tasks, _rule(spec, majority), [t.keep for t in spec.terms])
+    prepared = Prepared(spec, inputs, tasks, _rule(spec, majority), [t.keep for t in spec.terms])
+    _restore_l1(prepared, means, threads)
+    return prepared
 
 
 def _is_random(keep: Keep) -> bool:
@@ -292,12 +291,12 @@ def _fill_task(record, term: Term, inputs: Inputs, t: int, mask_prescale: float)
     x = inputs.models[t]
     record["x"], record["dtype"] = x.address, records.CODES[x.dtype]
     record["weight"] = term.weight
-    record["prescale"] = 1.0 if isinstance(term.prescale, str) else term.prescale
+    own = 1.0 if isinstance(term.prescale, str) else float(np.float32(term.prescale))
+    record["prescale"] = own * mask_prescale
     record["by_probability"] = term.prescale == "1/p" and isinstance(term.keep, RankedRandom)
     if inputs.masks:
         mask = inputs.masks[t]
         record["mask"], record["mask_dtype"] = mask.buffer.address, records.CODES[mask.form]
-        record["prescale"] = np.float32(record["prescale"]) * np.float32(mask_prescale)
 
 
 def _fill_keep(record, keep: Keep, ranks: Sequence[Rank], first: int) -> None:
@@ -460,8 +459,8 @@ NORM_TILE = 1 << 22
 """Elements whose kept norm is taken at once: bounds the memory of ranked probabilities. A multiple of BLOCK."""
 
 
-def _restore_l1(prepared: Prepared, threads: int) -> None:
-    """Sets the prescale of "l1" terms to sum |d| / sum |kept d|, in fp64 over the fixed tree, rounded once."""
+def _restore_l1(prepared: Prepared, mask_prescales: Sequence[float], threads: int) -> None:
+    """Multiplies the prescale of "l1" terms by sum |d| / sum |kept d|, in fp64 over the fixed tree, rounded once."""
     chosen = [t for t, term in enumerate(prepared.spec.terms) if term.prescale == "l1"]
     if not chosen or not prepared.inputs.size:
         return
@@ -469,7 +468,8 @@ def _restore_l1(prepared: Prepared, threads: int) -> None:
     count = len(prepared.spec.terms)
     for t in chosen:
         whole, kept = l1[t]
-        prepared.tasks["prescale"][t::count] = 1.0 if whole < 1e-7 or kept < 1e-7 else np.float32(whole / kept)
+        restored = 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
+        prepared.tasks["prescale"][t::count] = restored * mask_prescales[t]
 
 
 def _kept_norms(prepared: Prepared, threads: int) -> np.ndarray:

@@ -112,10 +112,28 @@ def _contribution(piece, rule, task, start: int, count: int):
     return d, e, not finite
 
 
-def _weight(task, start: int, count: int):
+def _weight(task, start: int, count: int) -> tuple[np.ndarray, bool]:
+    """The task's weight at every element; with whether anything was not finite."""
     if not task["weights"]:
-        return np.full(count, task["weight"], F32)
-    return task["weight"] * _load(task["weights"], task["weights_dtype"], start, count)
+        return np.full(count, task["weight"], F32), False
+    f = _load(task["weights"], task["weights_dtype"], start, count)
+    return task["weight"] * f, not np.isfinite(f).all()
+
+
+def _signs(v: np.ndarray) -> np.ndarray:
+    """-1, 0 or 1; NaN has no sign."""
+    return (v > 0).astype(F32) - (v < 0).astype(F32)
+
+
+def _lower_median(values: list[np.ndarray]) -> np.ndarray:
+    """By insertion, so that zeros of either sign and NaN go where the native code puts them."""
+    ordered: list[np.ndarray] = []
+    for v in values:
+        for j, other in enumerate(ordered):
+            smaller = other > v
+            ordered[j], v = np.where(smaller, v, other), np.where(smaller, other, v)
+        ordered.append(v)
+    return ordered[(len(values) - 1) // 2]
 
 
 def _merged(piece, rule, tasks, start: int, count: int) -> tuple[np.ndarray, bool]:
@@ -127,8 +145,8 @@ def _merged(piece, rule, tasks, start: int, count: int) -> tuple[np.ndarray, boo
     electing, aggregate = rule["elect"] != r.ELECT_NONE, rule["aggregate"]
     for task in tasks:
         _, e, nonfinite = _contribution(piece, rule, task, start, count)
-        bad |= nonfinite
-        w = _weight(task, start, count)
+        w, nonfinite_weight = _weight(task, start, count)
+        bad |= nonfinite | nonfinite_weight
         we = e * w
         if not electing:
             if aggregate in (r.LARGEST_FIRST, r.LARGEST_LAST):
@@ -141,7 +159,7 @@ def _merged(piece, rule, tasks, start: int, count: int) -> tuple[np.ndarray, boo
             continue
         v = we if rule["elect"] == r.ELECT_WEIGHTED else e
         up, down = v > 0, v < 0
-        total = total + (np.sign(v) if rule["elect"] == r.ELECT_COUNT else v)
+        total = total + (_signs(v) if rule["elect"] == r.ELECT_COUNT else v)
         if aggregate == r.MAX:
             positive = np.where(up & (we > positive), we, positive)
             negative = np.where(down & (we < negative), we, negative)
@@ -151,7 +169,10 @@ def _merged(piece, rule, tasks, start: int, count: int) -> tuple[np.ndarray, boo
         positive_divisor = np.where(up, positive_divisor + share, positive_divisor)
         negative_divisor = np.where(down, negative_divisor + share, negative_divisor)
     if values:
-        total = np.sort(np.stack(values), axis=0)[(len(values) - 1) // 2]
+        total = _lower_median(values)
+    if rule["elect"] == r.ELECT_GIVEN:
+        total = _load(piece["sign"], piece["sign_dtype"], start, count)
+        bad |= not np.isfinite(total).all()
     if electing:
         total = _elected(rule, total, positive, negative, positive_divisor, negative_divisor)
     if rule["divide"] == r.DIVIDE_CONSTANT and rule["divisor"] != 1:
@@ -209,9 +230,9 @@ def _sign_chunk(piece, rule, tasks, start: int, count: int) -> None:
     total = np.full(count, -0.0, F32)
     for task in tasks:
         _, e, _ = _contribution(piece, rule, task, start, count)
-        v = e * _weight(task, start, count) if rule["elect"] == r.ELECT_WEIGHTED else e
-        total = total + (np.sign(v) if rule["elect"] == r.ELECT_COUNT else v)
-    piece["sign_total"] += int(np.sign(total).sum(dtype=np.float64))
+        v = e * _weight(task, start, count)[0] if rule["elect"] == r.ELECT_WEIGHTED else e
+        total = total + (_signs(v) if rule["elect"] == r.ELECT_COUNT else v)
+    piece["sign_total"] += int(_signs(total).sum(dtype=np.float64))
 
 
 _MODES = {r.MERGE: _merge_chunk, r.KEPT_NORM: _norm_chunk, r.SIGN_TOTAL: _sign_chunk}
@@ -324,28 +345,56 @@ def copy_bytes(to: int, source: int, count: int, threads: int = 0) -> None:
 
 
 CHECKSUM_BLOCK = 1 << 20
-_MASK = (1 << 64) - 1
-
-
-def _mix(state: int, value: int) -> int:
-    state = ((state ^ value) * 0x9E3779B97F4A7C15) & _MASK
-    return state ^ state >> 32
+P1, P2, P3, P4, P5 = np.array(
+    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
+)
 
 
 def checksum(source: int, count: int, threads: int = 0) -> int:
-    """Fletcher sums of 64-bit words in 8 lanes over blocks of 1 MiB, mixed in order; csrc/checksum.h."""
-    state = count
-    for start in range(0, count, CHECKSUM_BLOCK):
-        size = min(CHECKSUM_BLOCK, count - start)
-        padded = np.zeros((size // 64 + 1) * 64, np.uint8)
-        padded[:size] = _view(source + start, np.dtype(np.uint8), size)
-        words = padded.view(np.uint64).reshape(-1, 8)
-        sums = words.cumsum(axis=0, dtype=np.uint64)
-        part = size
-        for lane, total in zip(sums[-1].tolist(), sums.sum(axis=0, dtype=np.uint64).tolist(), strict=True):
-            part = _mix(_mix(part, lane), total)
-        state = _mix(state, part)
-    return state
+    """XXH64 (seed 0) of the XXH64 digests of blocks of 1 MiB, in order."""
+    data = _view(source, np.dtype(np.uint8), count)
+    whole = count // CHECKSUM_BLOCK * CHECKSUM_BLOCK
+    digests = [np.empty(0, np.uint64)]
+    if whole:
+        digests.append(_xxh64(data[:whole].reshape(-1, CHECKSUM_BLOCK)))
+    if count > whole:
+        digests.append(_xxh64(data[whole:].reshape(1, -1)))
+    return int(_xxh64(np.concatenate(digests).view(np.uint8).reshape(1, -1))[0])
+
+
+def _rotate(x: np.ndarray, by: int) -> np.ndarray:
+    return x << np.uint64(by) | x >> np.uint64(64 - by)
+
+
+def _round(lane: np.ndarray, word: np.ndarray) -> np.ndarray:
+    return _rotate(lane + word * P2, 31) * P1
+
+
+def _xxh64(rows: np.ndarray) -> np.ndarray:
+    """uint64 [rows]: the digest of each row of bytes."""
+    count, size = rows.shape
+    h = np.full(count, P5)
+    striped, aligned = size // 32 * 32, size // 8 * 8
+    words = np.ascontiguousarray(rows[:, :aligned]).view(np.uint64)
+    if striped:
+        lanes = np.tile(np.array([(int(P1) + int(P2)) % 2**64, P2, 0, -int(P1) % 2**64], np.uint64), (count, 1))
+        for at in range(0, striped // 8, 4):
+            lanes = _round(lanes, words[:, at : at + 4])
+        h = sum(_rotate(lanes[:, i], by) for i, by in enumerate((1, 7, 12, 18)))
+        for i in range(4):
+            h = (h ^ _round(np.uint64(0), lanes[:, i])) * P1 + P4
+    h = h + np.uint64(size)
+    for at in range(striped // 8, aligned // 8):
+        h = _rotate(h ^ _round(np.uint64(0), words[:, at]), 27) * P1 + P4
+    at = aligned
+    if size - at >= 4:
+        h = _rotate(h ^ np.ascontiguousarray(rows[:, at : at + 4]).view(np.uint32)[:, 0] * P1, 23) * P2 + P3
+        at += 4
+    for at in range(at, size):
+        h = _rotate(h ^ rows[:, at] * P5, 11) * P1
+    for by, factor in ((33, P2), (29, P3)):
+        h = (h ^ h >> np.uint64(by)) * factor
+    return h ^ h >> np.uint64(32)
 
 
 def default_threads() -> int:
