@@ -23,7 +23,6 @@ BEFORE_LAYERS = ("embed", "wte", "wpe", "patch", "cls_token", "conv1", "stem")
 """Parts of the names of tensors that stand before the layers; in slices they come from the first, all others last."""
 
 
-
 class Source(Protocol):
     """Tensors by name, as a Checkpoint has them."""
 

@@ -170,8 +170,10 @@ def _parse(line: bytes) -> dict:
 def _is_head(entry: dict) -> bool:
     shards = entry.get("shards")
     fields = {"file": str, "size": int, "data": int, "header": str}
-    return isinstance(entry.get("fingerprint"), str) and isinstance(shards, list) and all(
-        isinstance(s, dict) and all(type(s.get(k)) is t for k, t in fields.items()) for s in shards
+    return (
+        isinstance(entry.get("fingerprint"), str)
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and all(type(s.get(k)) is t for k, t in fields.items()) for s in shards)
     )
 
 

@@ -240,9 +240,7 @@ class _Planner:
 
     def _copy(self, a: Assignment, info, places, why: str) -> TensorPlan:
         read = math.prod(info.shape) * ITEMSIZE[info.dtype]
-        return TensorPlan(
-            a.name, "copy", info.dtype, info.shape, None, places[:1], reason=why, input_bytes=read
-        )
+        return TensorPlan(a.name, "copy", info.dtype, info.shape, None, places[:1], reason=why, input_bytes=read)
 
     def _compare(self, places, infos) -> None:
         """All tensors that are merged into one must have its shape, and dtypes that can be merged."""

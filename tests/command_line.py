@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +61,3 @@ def runner(capsys):
         return code, *capsys.readouterr()
 
     return run
-
-
-def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs Python code in an interpreter of its own."""
-    settings = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import in_process, runner, toy, write_models
+from command_line import runner, toy, write_models
+from interpreter import HERE, run_code, run_python
 from safetensors.numpy import load_file, save_file
 
 import peta_fast.cli as cli
@@ -115,7 +116,7 @@ def test_a_file_is_a_command_and_a_folder_a_group(other_commands, run):
 
 
 def test_version_and_module_entry():
-    done = subprocess.run([sys.executable, "-m", "peta_fast", "--version"], capture_output=True, text=True)
+    done = run_python("-m", "peta_fast", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"peta-fast \d+\.\d+\.\d+\n", done.stdout)
 
@@ -202,7 +203,7 @@ def test_compat_on_the_command_line_goes_before_the_recipes(folder, run):
 
 
 def test_a_merge_of_tensors_imports_no_more_than_it_needs(folder):
-    found = in_process(
+    found = run_code(
         "import sys\n"
         "from peta_fast.cli import main\n"
         f"assert main(['merge', {str(folder / 'ties.yml')!r}, {str(folder / 'out')!r}]) == 0\n"
@@ -350,7 +351,7 @@ def test_interrupted_before_anything_was_written_there_is_nothing_to_continue(fo
 
 def test_a_closed_pipe_ends_the_program_quietly():
     with subprocess.Popen(
-        [sys.executable, "-m", "peta_fast", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "peta_fast", "schema"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as program:
         program.stdout.close()
         err = program.stderr.read()

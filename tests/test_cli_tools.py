@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import in_process, runner
+from command_line import runner
+from interpreter import run_code
 
 from peta_fast.cli import _progress, main
 from peta_fast.recipe import recipe_schema
@@ -102,7 +103,7 @@ def test_doctor_says_what_is_there(run):
 
 
 def test_doctor_says_why_native_code_does_not_run_and_imports_no_torch():
-    found = in_process(
+    found = run_code(
         "import sys; from peta_fast.cli import main; main(['doctor']); assert 'torch' not in sys.modules",
         PETA_FAST_NATIVE="off",
     )

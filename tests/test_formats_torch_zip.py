@@ -6,8 +6,6 @@ import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -28,6 +26,7 @@ from checkpoint_files import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import run_code
 
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES
 from peta_fast.errors import CheckpointError
@@ -137,7 +136,8 @@ def test_torch_is_not_imported(tmp_path):
         "import sys; from peta_fast.formats import open_checkpoint; "
         f"open_checkpoint({str(tmp_path / 'x.pt')!r}).buffer('w'); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = run_code(code)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- pickles that are more than weights

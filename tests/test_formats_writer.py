@@ -8,8 +8,6 @@ import json
 import mmap
 import os
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import yaml
 from checkpoint_files import raw, tensor_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import run_code
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -465,7 +464,8 @@ except ResourceError as error:
 else:
     raise SystemExit("no error")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = run_code(code)
+    assert ran.returncode == 0, ran.stderr
     assert os.listdir(tmp_path) == []
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interpreter import run_code
 
 import peta_fast
 
@@ -132,8 +131,8 @@ def test_nothing_imports_pydantic_or_click(file):
 @pytest.mark.parametrize("module", ["peta_fast", "peta_fast.merging", "peta_fast.cli"])
 def test_start_up_loads_nothing_heavy(module):
     code = f"import {module}, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    ran = run_code(code)
+    assert ran.stdout.strip() == "[]", ran.stderr
 
 
 HEAVY = ("torch", "pydantic", "typer", "rich", "transformers", "matplotlib", "sklearn", "peft")

@@ -28,28 +28,28 @@ class Params(MethodParams):
     share: tuple = per_model(0.5, low=0.0, high=1.0)
     boost: float = shared(1.0)
 '''
-ELEMENT_WISE = '''
+ELEMENT_WISE = """
 from peta_fast.ops.delta_merge import DeltaMerge, Term
 
 def lower(params, tensor):
     return DeltaMerge(tuple(Term(w) for w in params.share), scaling=params.boost)
-'''
-WHOLE_TENSOR = '''
+"""
+WHOLE_TENSOR = """
 import torch
 
 def merge(base, models, params, tensor):
     assert tensor.models == len(models) and tuple(tensor.shape) == tuple(base.shape)
     deltas = [w * (m.float() - base.float()) for w, m in zip(params.share, models)]
     return base.float() + params.boost * torch.stack(deltas).sum(0)
-'''
-WRONG_SHAPE = '''
+"""
+WRONG_SHAPE = """
 def merge(base, models, params, tensor):
     return base.reshape(-1)[:0]
-'''
-OVERFLOWING = '''
+"""
+OVERFLOWING = """
 def merge(base, models, params, tensor):
     return base.float() * 3e38
-'''
+"""
 
 
 @pytest.fixture

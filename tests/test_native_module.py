@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from backends import DTYPES, LEVELS, NATIVE, SIMD, assert_same_bits, buffer_of, contents, output_of, running_on
 from delta_merge_cases import case_of, run, terms_of
+from interpreter import run_code
 
 from peta_fast.ops import plain
 from peta_fast.ops import records as r
@@ -26,19 +26,6 @@ SIZE = 8
 MEMORY = np.ones(64, np.float32)
 ADDRESS = MEMORY.ctypes.data
 TIES = DeltaMerge(terms_of(3, Top(5000)), elect="weighted", divide="agreeing-weight")
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs the code in a fresh interpreter, with PETA_FAST_* as given and not as here.
-
-    In a folder without a package of that name: the sources of a checkout hold no native module.
-    """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PETA_FAST_")}
-    command = [sys.executable, "-c", code]
-    folder = Path(__file__).parent
-    return subprocess.run(
-        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, timeout=100
-    )
 
 
 # ---------------------------------------------------------------- records
@@ -192,7 +179,7 @@ except (ValueError, MemoryError) as error:
 )
 def test_numbers_whose_sum_or_product_overflows_are_refused(call):
     """In a process of its own: what is not refused crashes."""
-    done = run_python(HUGE.format(call=call))
+    done = run_code(HUGE.format(call=call))
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
@@ -240,11 +227,11 @@ print(describe()["operations"], describe().get("simd"), file=sys.stderr)
 
 @needs_native
 def test_merges_are_the_same_bits_without_the_native_module_and_on_every_instruction_set():
-    off = run_python(MERGES, PETA_FAST_NATIVE="off")
+    off = run_code(MERGES, PETA_FAST_NATIVE="off")
     assert off.returncode == 0 and off.stderr.startswith("plain"), off.stderr
     assert len(off.stdout.splitlines()) == 10
     for name in SIMD:
-        native = run_python(MERGES, PETA_FAST_NATIVE="require", PETA_FAST_SIMD=name)
+        native = run_code(MERGES, PETA_FAST_NATIVE="require", PETA_FAST_SIMD=name)
         assert native.stderr == f"native {name}\n" and native.stdout == off.stdout, name
 
 
@@ -253,27 +240,27 @@ WITHOUT = "import sys; sys.modules['peta_fast._cpu'] = None; "
 
 
 def test_a_module_that_is_required_but_missing_is_an_error():
-    done = run_python(WITHOUT + DESCRIBE, PETA_FAST_NATIVE="require")
+    done = run_code(WITHOUT + DESCRIBE, PETA_FAST_NATIVE="require")
     assert "peta_fast._cpu: expected the native module, got" in done.stderr and "reinstall peta_fast" in done.stderr
 
 
 def test_a_module_that_is_missing_is_done_without_and_said_so():
-    done = run_python(WITHOUT + DESCRIBE)
+    done = run_code(WITHOUT + DESCRIBE)
     assert done.returncode == 0 and "the module peta_fast._cpu is not built" in done.stdout
-    done = run_python(WITHOUT + "from peta_fast.ops import backend; print(backend().__name__)")
+    done = run_code(WITHOUT + "from peta_fast.ops import backend; print(backend().__name__)")
     assert done.stdout == "peta_fast.ops.plain\n"
 
 
 @pytest.mark.parametrize("mode", ["on", "", "OFF"])
 def test_an_unknown_mode_is_an_error(mode):
-    done = run_python(DESCRIBE, PETA_FAST_NATIVE=mode)
+    done = run_code(DESCRIBE, PETA_FAST_NATIVE=mode)
     assert f"PETA_FAST_NATIVE: expected auto, require or off, got {mode!r}" in done.stderr
 
 
 @needs_native
 @pytest.mark.parametrize("name", [*LEVELS, "sse9", "AVX2"])
 def test_an_instruction_set_is_forced_or_refused(name):
-    done = run_python(DESCRIBE, PETA_FAST_SIMD=name)
+    done = run_code(DESCRIBE, PETA_FAST_SIMD=name)
     if name in SIMD:
         assert f"'simd': '{name}', 'best simd': '{SIMD[-1]}'" in done.stdout
     else:

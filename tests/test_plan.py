@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from checkpoint_files import safetensors_bytes
+from interpreter import run_code
 from model_folders import CONFIG, HIDDEN, fine_tuned, save_family, save_model, shapes, tensors
 from safetensors.torch import save_file
 
@@ -194,7 +193,7 @@ def test_working_memory_stays_below_what_is_allowed_whatever_the_model_s_size(fa
 
     jobs = {"first": job(family, out=str(tmp_path / "o")), "measured": job(tmp_path, out=str(tmp_path / "out"))}
     jobs["measured"]["max_memory"] = allowed = 32_000_000
-    ran = subprocess.run([sys.executable, "-c", MEASURED_MERGE, json.dumps(jobs)], capture_output=True, text=True)
+    ran = run_code(MEASURED_MERGE, json.dumps(jobs))
     assert ran.returncode == 0, ran.stderr
     assert 2_000_000 < int(ran.stdout) < allowed
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from interpreter import run_code
 from recipe_stand_ins import FILTERED, LEVELS, SLICES, TIES, faults, resolve, stand_in_methods, with_weight
 
 from peta_fast import methods
@@ -482,5 +481,5 @@ def test_recipes_of_mergekit_are_read_unchanged(method):
 
 def test_reading_recipes_loads_neither_torch_nor_numpy():
     code = "import sys, peta_fast.recipe; print(*({'torch', 'numpy', 'yaml', 'pydantic'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    done = run_code(code)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -79,9 +79,7 @@ class Bar:
             if time.monotonic() - self.started < BAR_AFTER:
                 return
             self._open(state)
-        self.bar.update(
-            self.task, completed=state.done_bytes, description=f"{state.phase} {_shortened(state.tensor)}"
-        )
+        self.bar.update(self.task, completed=state.done_bytes, description=f"{state.phase} {_shortened(state.tensor)}")
 
     def _open(self, state: Any) -> None:
         from rich.console import Console

@@ -1,7 +1,7 @@
 """Statistics of one stored tensor, in one pass of native code where the dtype has one.
 
-    min, max   from the bits: floats of one sign are ordered as their codes are
-    mean, norm fp64; zeros, nonfinite are counts
+min, max   from the bits: floats of one sign are ordered as their codes are
+mean, norm fp64; zeros, nonfinite are counts
 """
 
 from __future__ import annotations

@@ -390,8 +390,8 @@ def _xxh64(rows: np.ndarray) -> np.ndarray:
     if size - at >= 4:
         h = _rotate(h ^ np.ascontiguousarray(rows[:, at : at + 4]).view(np.uint32)[:, 0] * P1, 23) * P2 + P3
         at += 4
-    for at in range(at, size):
-        h = _rotate(h ^ rows[:, at] * P5, 11) * P1
+    for place in range(at, size):
+        h = _rotate(h ^ rows[:, place] * P5, 11) * P1
     for by, factor in ((33, P2), (29, P3)):
         h = (h ^ h >> np.uint64(by)) * factor
     return h ^ h >> np.uint64(32)
