@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <string>
@@ -181,9 +182,15 @@ uint64_t checksum_of(uint64_t from, int64_t bytes, int threads) {
 }
 
 py::array_t<uint32_t> philox(uint64_t key, uint64_t first, int count) {
-  if (first % 4 || count < 0 || count > (1 << 30)) throw py::value_error("philox_words: first must be a multiple of 4, count positive");
+  if (first % 4 || count < 0 || count > (1 << 30))
+    throw py::value_error("philox_words: first must be a multiple of 4, count positive");
   py::array_t<uint32_t> out((count + 3) / 4 * 4);
-  philox_words(out.mutable_data(), key, first, count);
+  uint32_t* to = out.mutable_data();
+  for (int64_t at = 0; at < out.size(); at += 64) {
+    uint32_t words[64];
+    philox_words(words, key, first + uint64_t(at), 64);
+    std::copy_n(words, std::min<int64_t>(64, out.size() - at), to + at);
+  }
   return out;
 }
 

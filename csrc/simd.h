@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,6 +24,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int16_t vs __attribute__((vector_size(W * 4)));
 
 PF_INLINE vf splat(float x) { return x - vf{}; }
 PF_INLINE vi splat_i(int32_t x) { return x - vi{}; }
@@ -54,6 +56,13 @@ PF_INLINE vf flip_where(vm m, vf a) {
 PF_INLINE vf mul_where(vm m, vf a, vf b) { return (vf)_mm512_maskz_mul_ps(m, (__m512)a, (__m512)b); }
 PF_INLINE vf divide_where(vm m, vf a, vf b) { return (vf)_mm512_mask_div_ps((__m512)a, m, (__m512)a, (__m512)b); }
 PF_INLINE vi max_i(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+PF_INLINE vs max_s(vs a, vs b) { return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+// x, but NaN where `by` is not finite, and -0 where it is 0 if kZeroToo.
+template <bool kZeroToo>
+PF_INLINE vf where_clear(vf by, vf x) {
+  const int by_class = kZeroToo ? 0x00330733 : 0x00330033;  // NaN, NaN, 0, 1, -inf, inf, negative, positive, upwards
+  return (vf)_mm512_fixupimm_ps((__m512)x, (__m512)by, _mm512_set1_epi32(by_class), 0);
+}
 PF_INLINE uint32_t lanes(vm m) { return m; }
 PF_INLINE vm from_lanes(uint32_t set) { return vm(set); }
 #else
@@ -74,6 +83,12 @@ PF_INLINE vf flip_where(vm m, vf a) { return (vf)((vi)a ^ (m & INT32_MIN)); }
 PF_INLINE vf mul_where(vm m, vf a, vf b) { return (vf)((vi)(a * b) & m); }         // 0 elsewhere
 PF_INLINE vf divide_where(vm m, vf a, vf b) { return a / select(m, b, splat(1.0f)); }  // a elsewhere
 PF_INLINE vi max_i(vi a, vi b) { return a > b ? a : b; }
+PF_INLINE vs max_s(vs a, vs b) { return a > b ? a : b; }
+template <bool kZeroToo>
+PF_INLINE vf where_clear(vf by, vf x) {
+  if (kZeroToo) x = select(eq(by, vf{}), -vf{}, x);
+  return select(eq(by * vf{}, vf{}), x, (vf)splat_i(kNanBits));
+}
 PF_INLINE uint32_t lanes(vm m) {
 #if defined(__AVX2__)
   return uint32_t(_mm256_movemask_ps((__m256)m));
@@ -91,6 +106,8 @@ PF_INLINE vm from_lanes(uint32_t set) {
   return m;
 }
 #endif
+
+PF_INLINE bool all(vm m) { return lanes(m) == lanes(eq(vi{}, vi{})); }
 
 template <class V>
 PF_INLINE V load_raw(const void* p) {
@@ -179,7 +196,13 @@ PF_INLINE vf canonical(vf x) { return select(gt(abs_bits(x), splat_i(kInfBits)),
 
 PF_INLINE vu round_to_bf16(vf canonical_x) {  // to nearest even, in the upper half; the NaN does not carry out
   const vu u = (vu)canonical_x;
+#if defined(__AVX512F__)
+  const __m512i up = _mm512_add_epi32((__m512i)u, _mm512_set1_epi32(0x7fff));
+  return (vu)_mm512_mask_add_epi32(up, _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000)), up,
+                                   _mm512_set1_epi32(1));
+#else
   return u + 0x7fffu + (u >> 16 & 1u);
+#endif
 }
 
 // 2 W elements at once as even and odd ones: a shift and a mask, where widening in order costs shuffles.

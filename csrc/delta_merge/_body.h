@@ -38,9 +38,11 @@ PF_INLINE vm kept(const Task& task, const View& view, vi a, int i, int64_t first
       return both(in_top(a, task.low, task.low_index, first), no(in_top(a, task.high, task.high_index, first)));
     case kKeepNone:
       return none();
+    case kKeepRandom:  // (word >> 8) 2^-24 < p, in whole numbers
+      return gt(splat_i(view.below), (vi)(load_raw<vu>(view.words + i) >> 8));
     default: {
       const vf u = __builtin_convertvector((vi)(load_raw<vu>(view.words + i) >> 8), vf) * 0x1p-24f;
-      return gt(task.keep == kKeepRandom ? splat(task.p) : load_raw<vf>(view.probability + i), u);
+      return gt(load_raw<vf>(view.probability + i), u);
     }
   }
 }
@@ -119,29 +121,30 @@ PF_INLINE Elected elected(const Sums& s, const Rule& rule) {
           select(up, s.positive_divisor, s.negative_divisor)};
 }
 
-// The same from the contributions themselves: sum and weights of those that have the elected sign.
-template <int kTasks>
-PF_INLINE Elected elected_of(vf total, const vf* weighted, const Task* tasks, const Rule& rule) {
-  const vm above = gt(total, vf{}), below = gt(vf{}, total);
-  const vm down = rule.zero_sign < 0 ? no(above) : below;
-  Elected e{-vf{}, vf{}};
+// The mean of the contributions that have the elected sign, by their weights, all of which are positive; -0 where
+// there are none, NaN where the total is not finite. kZero: the sign that a zero total counts as.
+template <int kTasks, int kZero>
+PF_INLINE vf agreeing_mean(vf total, const vf* weighted, const vf* weights) {
+  const vm down = kZero < 0 ? no(gt(total, vf{})) : gt(vf{}, total);
+  vf sum = -vf{}, divisor = vf{};
+  vm anyone = none();
   for (int t = 0; t < kTasks; ++t) {
     const vm agrees = gt(flip_where(down, weighted[t]), vf{});
-    e.sum = add_where(agrees, e.sum, weighted[t]);
-    e.divisor = add_where(agrees, e.divisor, splat(tasks[t].weight));
+    sum = add_where(agrees, sum, weighted[t]);
+    divisor = add_where(agrees, divisor, weights[t]);
+    anyone = either(anyone, agrees);
   }
-  if (rule.zero_sign == 0) e.sum = select(either(above, below), e.sum, -vf{});
-  return e;
+  return divide_where(anyone, where_clear<kZero == 0>(total, sum), divisor);
 }
 
-PF_INLINE vf normalized(vf sum, vf divisor, const Rule& rule) {
+PF_INLINE vf divided(vf sum, vf divisor, const Rule& rule) {
   if (rule.divide != kDivideConstant) {
     if (rule.floor > 0.0f) divisor = select(gt(splat(rule.floor), divisor), splat(rule.floor), divisor);
     sum = divide_where(no(eq(divisor, vf{})), sum, divisor);
   } else if (rule.divisor != 1.0f) {
     sum = sum / rule.divisor;
   }
-  return rule.scaling != 1.0f ? sum * rule.scaling : sum;
+  return sum;
 }
 
 // The lower median of the T weighted contributions, by insertion into a sorted stack of vectors.
@@ -193,7 +196,7 @@ PF_INLINE int32_t first_overflow(int32_t dtype) {
 PF_INLINE vi leading(vi v, int count) { return count >= W ? v : select(gt(splat_i(count), iota()), v, vi{}); }
 
 template <bool kElecting, bool kExtreme>
-void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch& scratch, bool,
+void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch& scratch,
                  vi& bad, vi& largest) {
   const int T = piece.tasks;
   vf* sorted = (vf*)scratch.sorted;
@@ -214,7 +217,8 @@ void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Ru
       bad = max_i(bad, abs_bits(s.total));
     }
     const Elected e = elected<kElecting>(s, rule);
-    vf y = normalized(e.sum, e.divisor, rule);
+    vf y = divided(e.sum, e.divisor, rule);
+    if (rule.scaling != 1.0f) y = y * rule.scaling;
     if (rule.base_kind != kBaseZero) {
       y = select(eq(y, vf{}), base, base + y);
       bad = max_i(bad, abs_bits(base));
@@ -231,87 +235,108 @@ struct Lanes {
   static constexpr int kVectors = kDtype == kBF16 ? 2 : 1;
   static constexpr int kAhead = 2048;  // bytes; half a page, where the hardware's own prefetching ends
 
-  PF_INLINE void load_at(const void* p, int i, vf* v) {
-    prefetch((const uint8_t*)p + i * itemsize(kDtype) + kAhead);
+  PF_INLINE void load_at(const void* p, int i, vf* v, bool fetch_ahead) {
+    if (fetch_ahead) prefetch((const uint8_t*)p + i * itemsize(kDtype) + kAhead);
     if (kDtype == kBF16) load_bf16_pair((const uint16_t*)p + i, v[0], v[1]);
     else v[0] = load(p, kDtype, i);
   }
 
-  PF_INLINE void store_at(void* p, int i, const vf* v, bool stream) {
-    if (kDtype != kBF16) {
-      store(p, kDtype, i, v[0]);
-      return;
-    }
-    const vu pair = bf16_pair(v[0], v[1]);
+  // The largest magnitude stored so far, as the bits of the output's dtype, of which two vectors share one in bf16.
+  typedef typename std::conditional<kDtype == kBF16, vs, vi>::type Largest;
+
+  PF_INLINE void store_at(void* p, int i, const vf* v, bool stream, Largest& largest) {
+    if constexpr (kDtype != kBF16) {
+      largest = max_i(largest, store(p, kDtype, i, v[0]));
+    } else {
+      const vu pair = bf16_pair(v[0], v[1]);
+      largest = max_s(largest, (vs)(pair & 0x7fff7fffu));
 #if defined(__AVX512F__)
-    if (stream) return _mm512_stream_si512((__m512i*)((uint16_t*)p + i), (__m512i)pair);
+      if (stream) return _mm512_stream_si512((__m512i*)((uint16_t*)p + i), (__m512i)pair);
 #else
-    (void)stream;
+      (void)stream;
 #endif
-    memcpy((uint16_t*)p + i, &pair, sizeof pair);
+      memcpy((uint16_t*)p + i, &pair, sizeof pair);
+    }
+  }
+
+  PF_INLINE bool finite(Largest largest) {
+    if constexpr (kDtype == kBF16) return all(eq((vi)(((vu)largest + 0x00800080u) & 0x80008000u), vi{}));
+    else return all(gt(splat_i(first_overflow(kDtype)), largest));
   }
 };
 
-// Two loops over the chunk, each with a short chain of dependent instructions, so that the CPU overlaps many elements:
-// the sums of all tasks into scratch, then division, base, rounding. kZero: the sign that a zero sum counts as.
+// With an election two loops, each with a short chain of dependent instructions, so that the CPU overlaps many elements:
+// the means of those that agree into scratch; then base and rounding. kZero: the sign that a zero sum counts as.
+// Every input that is not finite, and every overflow, shows in what is written, so that alone is looked at: true when
+// all is finite. Otherwise the general loop goes over the chunk again and says what is not.
 template <int32_t kDtype, bool kTop, bool kElecting, int kZero, int kTasks>
-void merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& given, const Scratch& scratch,
-                       bool stream, vi& all_bad, vi& all_largest) {
+bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& given, const Scratch& scratch,
+                       bool stream) {
   using L = Lanes<kDtype>;
-  constexpr int V = L::kVectors;
-  const int T = kTasks ? kTasks : piece.tasks;
+  constexpr int V = L::kVectors, kKnown = kTasks ? kTasks : 1;
+  constexpr bool kOneGroup = kElecting && kTasks;  // the number known, only one group is summed, after its election
+  const int T = kTasks ? kTasks : piece.tasks, n = c.n;
+  const void* const base_at = c.base;
+  void* const out_at = c.out;
   Rule rule = given;
   rule.floor = 0.0f;
   rule.zero_sign = kZero;
   rule.elect = kElecting ? kElectWeighted : kElectNone;
   rule.divide = kElecting ? kDivideAgreeingWeight : kDivideConstant;
-  float *sums = scratch.sign, *divisors = scratch.weights;
-  vi bad = all_bad, largest = all_largest;
-  for (int i = 0; i < c.n; i += V * W) {
-    vf base[V];
-    L::load_at(c.base, i, base);
+  const bool scaled = rule.scaling != 1.0f;
+  vf weights[kKnown];
+  vi belows[kKnown];
+  const void* inputs[kKnown];
+  for (int t = 0; t < kTasks; ++t)
+    weights[t] = splat(tasks[t].weight), belows[t] = splat_i(c.views[t].below), inputs[t] = c.views[t].x;
+  float* const means = scratch.sign;
+  typename L::Largest largest{};
+  const auto finish = [&](int i, const vf* base, const vf* means_of) __attribute__((always_inline)) {
+    vf y[V];
+    for (int v = 0; v < V; ++v) {
+      const vf mean = scaled ? means_of[v] * rule.scaling : means_of[v];
+      y[v] = add_where(no(eq(mean, vf{})), base[v], mean);
+    }
+    L::store_at(out_at, i, y, stream, largest);
+  };
+  for (int i = 0; i < n; i += V * W) {
+    vf base[V], weighted[V][kKnown], mean[V];
     Sums s[V];
-    vf weighted[V][kTasks ? kTasks : 1];  // with the number known, only one group is summed, after its election
+    L::load_at(base_at, i, base, true);
     for (int t = 0; t < T; ++t) {
-      const vf w = splat(tasks[t].weight);
-      const vi below = splat_i(c.views[t].below);
+      const vf w = kTasks ? weights[t] : splat(tasks[t].weight);
+      const vi below = kTasks ? belows[t] : splat_i(c.views[t].below);
       vf x[V];
-      L::load_at(c.views[t].x, i, x);
+      L::load_at(kTasks ? inputs[t] : c.views[t].x, i, x, true);
       for (int v = 0; v < V; ++v) {
         const vf d = x[v] - base[v];
-        const vi a = abs_bits(d);
-        bad = max_i(bad, a);
-        const vf wd = kTop ? mul_where(gt(a, below), d, w) : d * w;
-        if (kElecting && kTasks) {
-          s[v].total = s[v].total + wd;
-          weighted[v][t] = wd;
-        } else {
-          accumulate<kElecting, false>(s[v], rule, d, w, wd);
-        }
+        const vf wd = kTop ? mul_where(gt(abs_bits(d), below), d, w) : d * w;
+        if (!kOneGroup) accumulate<kElecting, false>(s[v], rule, d, w, wd);
+        else s[v].total = t ? s[v].total + wd : wd, weighted[v][t] = wd;
       }
     }
     for (int v = 0; v < V; ++v) {
-      const Elected e = kElecting && kTasks ? elected_of<kTasks>(s[v].total, weighted[v], tasks, rule)
-                                            : elected<kElecting>(s[v], rule);
-      memcpy(sums + i + v * W, &e.sum, sizeof e.sum);
-      if (kElecting) memcpy(divisors + i + v * W, &e.divisor, sizeof e.divisor);
+      if (kOneGroup) {
+        mean[v] = agreeing_mean<kKnown, kZero>(s[v].total, weighted[v], weights);
+      } else {
+        const Elected e = elected<kElecting>(s[v], rule);
+        mean[v] = divided(kElecting ? where_clear<false>(s[v].total, e.sum) : e.sum, e.divisor, rule);
+      }
     }
+    for (int v = 0; v < V && kElecting; ++v) memcpy(means + i + v * W, &mean[v], sizeof mean[v]);
+    if (!kElecting) finish(i, base, mean);
   }
-  for (int i = 0; i < c.n; i += V * W) {
-    vf base[V], y[V];
-    L::load_at(c.base, i, base);
-    for (int v = 0; v < V; ++v) {
-      const vf divisor = kElecting ? load_raw<vf>(divisors + i + v * W) : vf{};
-      const vf sum = normalized(load_raw<vf>(sums + i + v * W), divisor, rule);
-      y[v] = canonical(add_where(no(eq(sum, vf{})), base[v], sum));
-      largest = max_i(largest, abs_bits(y[v]));
-    }
-    L::store_at(c.out, i, y, stream);
+  for (int i = 0; i < n && kElecting; i += V * W) {
+    vf base[V], mean[V];
+    L::load_at(base_at, i, base, false);
+    for (int v = 0; v < V; ++v) mean[v] = load_raw<vf>(means + i + v * W);
+    finish(i, base, mean);
   }
-  all_bad = bad, all_largest = largest;
+  return L::finite(largest);
 }
 
-typedef void (*MergeChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, bool, vi&, vi&);
+typedef void (*MergeChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, vi& bad, vi& largest);
+typedef bool (*MergePlainChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, bool stream);
 
 MergeChunk general_loop(const Rule& rule) {
   const bool extreme = rule.aggregate == kMax || rule.aggregate == kLargestFirst || rule.aggregate == kLargestLast;
@@ -333,7 +358,7 @@ bool is_plain(const Piece& piece, const Task* tasks, const Rule& rule) {
 }
 
 template <int32_t kDtype, bool kTop, bool kElecting, int kZero>
-MergeChunk plain_loop(int tasks) {
+MergePlainChunk plain_loop(int tasks) {
   switch (tasks) {
     case 2: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 2>;
     case 3: return merge_plain_chunk<kDtype, kTop, kElecting, kZero, 3>;
@@ -343,19 +368,21 @@ MergeChunk plain_loop(int tasks) {
 }
 
 template <int32_t kDtype, bool kTop>
-MergeChunk plain_loop(const Rule& rule, int tasks) {
+MergePlainChunk plain_loop(const Rule& rule, const Task* all, int tasks) {
+  for (int t = 0; t < tasks; ++t)
+    if (!(all[t].weight > 0.0f)) tasks = 0;  // weights that cancel divide by one
   if (rule.elect == kElectNone) return plain_loop<kDtype, kTop, false, 0>(tasks);
   if (rule.zero_sign > 0) return plain_loop<kDtype, kTop, true, 1>(tasks);
   return rule.zero_sign < 0 ? plain_loop<kDtype, kTop, true, -1>(tasks) : plain_loop<kDtype, kTop, true, 0>(tasks);
 }
 
 // Null where only the general loop serves.
-MergeChunk plain_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
+MergePlainChunk plain_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
   if (!is_plain(piece, tasks, rule)) return nullptr;
   const bool top = tasks[0].keep == kKeepTop;
-  if (piece.out_dtype == kBF16) return top ? plain_loop<kBF16, true>(rule, piece.tasks) : plain_loop<kBF16, false>(rule, piece.tasks);
-  if (piece.out_dtype == kF16) return top ? plain_loop<kF16, true>(rule, piece.tasks) : plain_loop<kF16, false>(rule, piece.tasks);
-  return top ? plain_loop<kF32, true>(rule, piece.tasks) : plain_loop<kF32, false>(rule, piece.tasks);
+  if (piece.out_dtype == kBF16) return top ? plain_loop<kBF16, true>(rule, tasks, piece.tasks) : plain_loop<kBF16, false>(rule, tasks, piece.tasks);
+  if (piece.out_dtype == kF16) return top ? plain_loop<kF16, true>(rule, tasks, piece.tasks) : plain_loop<kF16, false>(rule, tasks, piece.tasks);
+  return top ? plain_loop<kF32, true>(rule, tasks, piece.tasks) : plain_loop<kF32, false>(rule, tasks, piece.tasks);
 }
 
 // Sets what the plain loop compares |d| with; false when an exact count ends within this chunk.
@@ -364,8 +391,20 @@ PF_INLINE bool one_threshold_each(const Chunk& c, View* views, const Task* tasks
     const bool equals_kept = tasks[t].low_index >= c.first + n - 1;
     if (!equals_kept && tasks[t].low_index >= c.first) return false;
     views[t].below = int32_t(tasks[t].low) - (equals_kept ? 1 : 0);
+    if (tasks[t].keep == kKeepTop && views[t].below >= int32_t(kInfBits)) return false;  // it would hide infinities
   }
   return true;
+}
+
+PF_INLINE bool overlap(uint64_t a, int64_t a_bytes, uint64_t b, int64_t b_bytes) {
+  return a < b + uint64_t(b_bytes) && b < a + uint64_t(a_bytes);
+}
+
+bool overwrites_an_input(const Piece& piece, const Task* tasks) {
+  const int64_t bytes = piece.size * itemsize(piece.out_dtype);
+  bool any = overlap(piece.out, bytes, piece.base, piece.size * itemsize(piece.base_dtype));
+  for (int t = 0; t < piece.tasks; ++t) any |= overlap(piece.out, bytes, tasks[t].x, piece.size * itemsize(tasks[t].dtype));
+  return any;
 }
 
 PF_INLINE void norm_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, int n,
@@ -420,6 +459,12 @@ PF_INLINE const float* widened(float* row, uint64_t p, int32_t dtype, int64_t fi
   return row;
 }
 
+// The smallest whole number m with m 2^-24 >= p; 0 for NaN.
+PF_INLINE int32_t first_at_least(float p) {
+  if (!(p > 0.0f)) return 0;
+  return p > 1.0f ? 1 << 24 : int32_t(__builtin_ceilf(p * 0x1p24f));
+}
+
 // Points every task at its elements of the chunk; what is stored in another form is staged in scratch. A chunk that
 // is no whole number of vectors is copied to padded scratch, so that one loop serves all.
 PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin, int n, const Scratch& scratch) {
@@ -431,10 +476,7 @@ PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin,
   c.base_dtype = piece.base_dtype;
   c.base = piece.base ? (const uint8_t*)piece.base + begin * itemsize(piece.base_dtype) : nullptr;
   c.out = (uint8_t*)piece.out + begin * (piece.out ? itemsize(piece.out_dtype) : 0);
-  if (ragged) {
-    if (c.base) c.base = padded_copy(scratch.base, c.base, n * itemsize(piece.base_dtype));
-    c.out = scratch.out;
-  }
+  if (ragged && c.base) c.base = padded_copy(scratch.base, c.base, n * itemsize(piece.base_dtype));
   c.sign = piece.sign ? widened(scratch.sign, piece.sign, piece.sign_dtype, begin, n) : nullptr;
   for (int t = 0; t < piece.tasks; ++t) {
     const Task& task = tasks[t];
@@ -449,6 +491,7 @@ PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin,
       uint32_t* words = (uint32_t*)scratch.words + row;
       philox_words(words, task.key, uint64_t(c.first) - offset, n + int(offset));
       v.words = words + offset;
+      v.below = first_at_least(task.p);
     }
     if (task.keep == kKeepRandomPerElement) {
       v.probability = (const float*)task.probability + begin;
@@ -488,12 +531,14 @@ extern "C" void PETA_JOIN(peta_delta_merge_, PETA_VARIANT)(Mode mode, Piece& pie
                                                            int64_t* sign_total) {
   const Task* tasks = all_tasks + piece.first_task;
   const int T = piece.tasks;
-  const MergeChunk general = general_loop(rule), plain = plain_loop_for(piece, tasks, rule);
+  const MergeChunk general = general_loop(rule);
+  const MergePlainChunk plain = plain_loop_for(piece, tasks, rule);
+  const bool staged = plain && overwrites_an_input(piece, tasks);
   vi bad = vi{}, largest = vi{};
   int64_t signs = 0;
   for (int64_t at = begin; at < end; at += kChunk) {
     const int n = int(end - at < kChunk ? end - at : kChunk);
-    const Chunk c = open_chunk(piece, tasks, at, n, scratch);
+    Chunk c = open_chunk(piece, tasks, at, n, scratch);
     if (mode == kKeptNorm) {
       if (at % kBlock == 0) memset(scratch.sums, 0, sizeof(double) * T * 64);
       norm_chunk(c, piece, tasks, rule, n, scratch);
@@ -503,10 +548,13 @@ extern "C" void PETA_JOIN(peta_delta_merge_, PETA_VARIANT)(Mode mode, Piece& pie
     } else if (mode == kSignTotal) {
       signs += sign_chunk(c, piece, tasks, rule, n, bad);
     } else {
-      const bool stream = (uintptr_t)c.out % 64 == 0 && c.n == n;
-      const bool common = plain && one_threshold_each(c, scratch.views, tasks, T, n);
-      (common ? plain : general)(c, piece, tasks, rule, scratch, stream, bad, largest);
-      if (c.n != n) memcpy((uint8_t*)piece.out + at * itemsize(piece.out_dtype), c.out, n * itemsize(piece.out_dtype));
+      const bool aside = c.n != n || staged;  // a second go over the chunk must find its inputs as they were
+      if (aside) c.out = scratch.out;
+      const bool stream = (uintptr_t)c.out % 64 == 0 && !aside;
+      const bool done = plain && one_threshold_each(c, scratch.views, tasks, T, n) &&
+                        plain(c, piece, tasks, rule, scratch, stream);
+      if (!done) general(c, piece, tasks, rule, scratch, bad, largest);
+      if (aside) memcpy((uint8_t*)piece.out + at * itemsize(piece.out_dtype), c.out, n * itemsize(piece.out_dtype));
     }
   }
 #if defined(__AVX512F__)

@@ -56,7 +56,7 @@ struct Piece {
 
 static constexpr int kChunk = 512;         // elements staged at once, a divisor of kBlock
 static constexpr int kBlock = 4096;        // elements of one partial sum
-static constexpr int kRow = kChunk + 16;   // a staged row may start up to 3 elements early and end a vector late
+static constexpr int kRow = kChunk + 80;   // a staged row may start up to 3 elements early, and is filled 64 at a time
 
 // One task's elements of one chunk: pointers to the first, staged where the stored form is not plain.
 struct View {
@@ -65,7 +65,7 @@ struct View {
   const float* weights;
   const uint32_t* words;
   const float* probability;
-  int32_t below;  // |d| is kept above this; for the loop of the common case
+  int32_t below;  // kKeepRandom: kept where the 24-bit number is below this; in the plain loop: where |d| is above it
 };
 
 // What a worker needs besides registers.
