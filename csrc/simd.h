@@ -180,7 +180,7 @@ PF_INLINE vf load_f16(const uint16_t* p) {
   return (vf)_mm256_cvtph_ps(load_raw<__m128i>(p));
 #else
   vf v;
-  for (int i = 0; i < W; ++i) v[i] = half_to_float(p[i]);
+  for (int i = 0; i < W; ++i) v[i] = half_to_float(load_raw<uint16_t>(p + i));
   return v;
 #endif
 }

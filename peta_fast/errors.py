@@ -9,7 +9,7 @@ class PetaFastError(ValueError):
     next_step  what the user can do about it (optional)
     """
 
-    exit_code = 1
+    exit_code = 2
 
     def __init__(self, who: str, problem: str, next_step: str = ""):
         self.who, self.problem, self.next_step = who, problem, next_step

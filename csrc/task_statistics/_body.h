@@ -5,19 +5,45 @@
 
 namespace {
 
-PF_INLINE double tree_of_lanes(double* lane) {
+typedef double vd __attribute__((vector_size(W * 4)));
+static constexpr int D = W / 2;
+
+PF_INLINE vd wide(const float* p) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  return vd{double(p[0]), double(p[1])};
+#endif
+}
+PF_INLINE vd magnitude(vd x) {
+  typedef int64_t vl __attribute__((vector_size(W * 4)));
+  return (vd)((vl)x & INT64_MAX);
+}
+
+// The sum of term(k), ..., term(k + D - 1) over k < n, n a multiple of 32: 32 interleaved lanes, then halves onto halves.
+template <class Term>
+PF_INLINE double sum_in_lanes(int n, Term term) {
+  constexpr int kVectors = 32 / D < 8 ? 32 / D : 8;  // at once: as many as there are registers for
+  double lane[32];
+  for (int first = 0; first < 32; first += kVectors * D) {
+    vd sums[kVectors] = {};
+    for (int k = first; k < n; k += 32)
+      for (int j = 0; j < kVectors; ++j) sums[j] += term(k + j * D);
+    memcpy(lane + first, sums, sizeof sums);
+  }
   for (int half = 16; half; half /= 2)
     for (int j = 0; j < half; ++j) lane[j] = lane[j] + lane[j + half];
   return lane[0];
 }
 
-// Sum over k of term(k), k < n, n a multiple of 32.
-template <class Term>
-PF_INLINE double sum_in_lanes(int n, Term term) {
-  double lane[32] = {};
-  for (int k = 0; k < n; k += 32)
-    for (int j = 0; j < 32; ++j) lane[j] += term(k + j);
-  return tree_of_lanes(lane);
+// Elements of [0, n), n a multiple of 32, for whose vector at k the test gives a set lane.
+template <class Test>
+PF_INLINE uint32_t count_where(int n, Test test) {
+  uint32_t count = 0;
+  for (int k = 0; k < n; k += W) count += __builtin_popcount(lanes(test(k)));
+  return count;
 }
 
 }  // namespace
@@ -31,19 +57,18 @@ extern "C" void PETA_JOIN(peta_task_statistics_, PETA_VARIANT)(const Delta* delt
     float* d = scratch + int64_t(t) * kRow;
     stage_delta(deltas[t], begin, n, d);
     for (int i = n; i < padded; ++i) d[i] = 0.0f;
-    const uint32_t* u = (const uint32_t*)d;
-    uint32_t nonfinite = 0, nonzero = 0, largest = 0;
-    for (int i = 0; i < padded; ++i) {
-      const uint32_t a = u[i] & kAbsMask;
-      nonfinite += a >= kInfBits;
-      nonzero += a != 0;
-      largest = a <= kInfBits && a > largest ? a : largest;
-    }
-    counts.nonfinite[t] += nonfinite;
-    counts.nonzero[t] += nonzero;
-    counts.largest[t] = largest > counts.largest[t] ? largest : counts.largest[t];
-    sums[t] = sum_in_lanes(padded, [=](int k) { return double(d[k]); });
-    sums[tasks + t] = sum_in_lanes(padded, [=](int k) { return double(__builtin_fabsf(d[k])); });
+    vi largest = vi{};
+    counts.nonfinite[t] += count_where(padded, [&](int k) {
+      const vi a = abs_bits(load_raw<vf>(d + k));
+      const vm is_nan = gt(a, splat_i(kInfBits));
+      largest = max_i(largest, select(is_nan, vi{}, a));
+      return gt(a, splat_i(kInfBits - 1));
+    });
+    counts.nonzero[t] += count_where(padded, [&](int k) { return gt(abs_bits(load_raw<vf>(d + k)), vi{}); });
+    for (int i = 0; i < W; ++i)
+      if (uint32_t(largest[i]) > counts.largest[t]) counts.largest[t] = uint32_t(largest[i]);
+    sums[t] = sum_in_lanes(padded, [=](int k) { return wide(d + k); });
+    sums[tasks + t] = sum_in_lanes(padded, [=](int k) { return magnitude(wide(d + k)); });
   }
   double* gram = sums + 2 * tasks;
   int64_t pair = 0;
@@ -51,21 +76,20 @@ extern "C" void PETA_JOIN(peta_task_statistics_, PETA_VARIANT)(const Delta* delt
     const float* a = scratch + int64_t(s) * kRow;
     for (int t = s; t < tasks; ++t) {
       const float* b = scratch + int64_t(t) * kRow;
-      *gram++ = sum_in_lanes(padded, [=](int k) { return double(a[k]) * double(b[k]); });
+      *gram++ = sum_in_lanes(padded, [=](int k) { return wide(a + k) * wide(b + k); });
       if (t == s) continue;
-      uint32_t opposite = 0;
-      for (int i = 0; i < padded; ++i) opposite += ((a[i] > 0.0f) & (b[i] < 0.0f)) | ((a[i] < 0.0f) & (b[i] > 0.0f));
-      counts.conflicts[pair++] += opposite;
+      counts.conflicts[pair++] += count_where(padded, [=](int k) {
+        const vf x = load_raw<vf>(a + k), y = load_raw<vf>(b + k), zero = vf{};
+        return either(both(gt(x, zero), gt(zero, y)), both(gt(zero, x), gt(y, zero)));
+      });
     }
   }
-  uint32_t any = 0;
-  for (int k = 0; k < padded; k += W) {
+  *counts.any_conflict += count_where(padded, [=](int k) {
     vm up = none(), down = none();
     for (int t = 0; t < tasks; ++t) {
       const vf d = load_raw<vf>(scratch + int64_t(t) * kRow + k);
       up = either(up, gt(d, vf{})), down = either(down, gt(vf{}, d));
     }
-    any += __builtin_popcount(lanes(both(up, down)));
-  }
-  *counts.any_conflict += any;
+    return both(up, down);
+  });
 }
