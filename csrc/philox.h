@@ -28,7 +28,8 @@ PF_INLINE vq wide_product(vq a, uint32_t factor) {
 PF_INLINE void philox_words(uint32_t* words, uint64_t key, uint64_t first, int count) {
   constexpr int kVectors = 16 / Q;  // side by side, 64 words in all
   vq lane, low_pairs, high_pairs;
-  for (int j = 0; j < Q; ++j) lane[j] = uint64_t(j), low_pairs[j] = j / 2 + j % 2 * Q, high_pairs[j] = low_pairs[j] + Q / 2;
+  for (int j = 0; j < Q; ++j)
+    lane[j] = uint64_t(j), low_pairs[j] = uint64_t(j / 2 + j % 2 * Q), high_pairs[j] = low_pairs[j] + Q / 2;
   for (int done = 0; done < count; done += 64) {
     vq c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
     for (int v = 0; v < kVectors; ++v) {

@@ -265,13 +265,13 @@ struct Lanes {
   }
 };
 
-// With an election two loops, each with a short chain of dependent instructions, so that the CPU overlaps many elements:
-// the means of those that agree into scratch; then base and rounding. kZero: the sign that a zero sum counts as.
+// With an election two loops, each with a short chain of dependent instructions, so that the CPU overlaps many
+// elements: means of those that agree into scratch; then base and rounding. kZero: the sign that a zero sum counts as.
 // Every input that is not finite, and every overflow, shows in what is written, so that alone is looked at: true when
 // all is finite. Otherwise the general loop goes over the chunk again and says what is not.
 template <int32_t kDtype, bool kTop, bool kElecting, int kZero, int kTasks>
-bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& given, const Scratch& scratch,
-                       bool stream) {
+bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& given,
+                       const Scratch& scratch, bool stream) {
   using L = Lanes<kDtype>;
   constexpr int V = L::kVectors, kKnown = kTasks ? kTasks : 1;
   constexpr bool kOneGroup = kElecting && kTasks;  // the number known, only one group is summed, after its election
@@ -380,9 +380,9 @@ MergePlainChunk plain_loop(const Rule& rule, const Task* all, int tasks) {
 MergePlainChunk plain_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
   if (!is_plain(piece, tasks, rule)) return nullptr;
   const bool top = tasks[0].keep == kKeepTop;
-  if (piece.out_dtype == kBF16) return top ? plain_loop<kBF16, true>(rule, tasks, piece.tasks) : plain_loop<kBF16, false>(rule, tasks, piece.tasks);
-  if (piece.out_dtype == kF16) return top ? plain_loop<kF16, true>(rule, tasks, piece.tasks) : plain_loop<kF16, false>(rule, tasks, piece.tasks);
-  return top ? plain_loop<kF32, true>(rule, tasks, piece.tasks) : plain_loop<kF32, false>(rule, tasks, piece.tasks);
+  if (piece.out_dtype == kBF16) return (top ? plain_loop<kBF16, true> : plain_loop<kBF16, false>)(rule, tasks, piece.tasks);
+  if (piece.out_dtype == kF16) return (top ? plain_loop<kF16, true> : plain_loop<kF16, false>)(rule, tasks, piece.tasks);
+  return (top ? plain_loop<kF32, true> : plain_loop<kF32, false>)(rule, tasks, piece.tasks);
 }
 
 // Sets what the plain loop compares |d| with; false when an exact count ends within this chunk.
@@ -403,7 +403,8 @@ PF_INLINE bool overlap(uint64_t a, int64_t a_bytes, uint64_t b, int64_t b_bytes)
 bool overwrites_an_input(const Piece& piece, const Task* tasks) {
   const int64_t bytes = piece.size * itemsize(piece.out_dtype);
   bool any = overlap(piece.out, bytes, piece.base, piece.size * itemsize(piece.base_dtype));
-  for (int t = 0; t < piece.tasks; ++t) any |= overlap(piece.out, bytes, tasks[t].x, piece.size * itemsize(tasks[t].dtype));
+  for (int t = 0; t < piece.tasks; ++t)
+    any |= overlap(piece.out, bytes, tasks[t].x, piece.size * itemsize(tasks[t].dtype));
   return any;
 }
 
