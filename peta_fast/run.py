@@ -122,6 +122,7 @@ def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab],
     writer = _Writer(output, ring)
     reader = _ReadAhead(plan)
     batches = _Batches(plan, content, pending)
+    release = _Release(plan)
     try:
         for i, slab in enumerate(pending):
             for ahead in pending[i : i + 1 + AHEAD] if reader.needed else ():
@@ -131,11 +132,15 @@ def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab],
             parts = content.parts(slab)
             _fill(engine, parts, buffer, slab.size)
             writer.put(slab, buffer)
-            engine.forget(batches.needed_after(i))
+            kept = batches.needed_after(i)
+            engine.forget(kept)
+            release.put([t for name, t in batches.tensors.items() if name not in kept])
             meter.add(content.bytes_read(slab) + slab.size, "merging", parts[-1].tensor.name)
     except BaseException:
         writer.abandon()
         raise
+    finally:
+        release.finish()
     writer.finish()
 
 
@@ -289,6 +294,32 @@ class _Writer:
     def abandon(self) -> None:
         """After a fault of the maker: what is queued is still written, its own faults no longer matter."""
         self.slabs.put(None)
+        self.thread.join()
+
+
+class _Release:
+    """Unmaps inputs that are done with, on a thread of its own, while others wait for the disk.
+
+    Left to the end of the process, one thread would do it for all of them, with nothing else going on.
+    """
+
+    def __init__(self, plan: Plan):
+        self.sources = plan.sources
+        self.tensors: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="peta_fast release", daemon=True)
+        self.thread.start()
+
+    def put(self, tensors: list[TensorPlan]) -> None:
+        self.tensors.put(tensors)
+
+    def _work(self) -> None:
+        while (tensors := self.tensors.get()) is not None:
+            for tensor in tensors:
+                for ref, name in tensor.inputs:
+                    self.sources[ref].release(name)
+
+    def finish(self) -> None:
+        self.tensors.put(None)
         self.thread.join()
 
 

@@ -16,6 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_READ = 1
 _MAP_SHARED = 1
 _MADV_WILLNEED = 3
+_MADV_DONTNEED = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc.mmap.restype = ctypes.c_void_p
@@ -41,6 +42,11 @@ def unmap(address: int, size: int) -> None:
 def will_need(address: int, size: int) -> None:
     """Ask the kernel to read mapped pages ahead. It is advice: a refusal is no error."""
     _libc.madvise(address, size, _MADV_WILLNEED)
+
+
+def will_not_need(address: int, size: int) -> None:
+    """Take whole mapped pages out of this process's memory; they stay in the page cache and come back when touched."""
+    _libc.madvise(address, size, _MADV_DONTNEED)
 
 
 def reserve(descriptor: int, size: int) -> bool:

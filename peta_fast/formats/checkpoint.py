@@ -137,6 +137,13 @@ class Checkpoint:
             itemsize = ITEMSIZE[info.dtype]
             self._map(info).prefetch(info.offset + start * itemsize, (stop - start) * itemsize)
 
+    def release(self, name: str) -> None:
+        """Take a tensor out of this process's memory, where its file is mapped; Buffers of it stay good."""
+        info = self.tensors[name]
+        mapped = self._maps.get(info.file)
+        if mapped is not None:
+            mapped.release(info.offset, info.nbytes)
+
     def companions(self) -> list[Path]:
         """The files of the model directory that belong beside the weights, config.json last."""
         return companions_of(self.directory) if self.directory else []

@@ -107,6 +107,12 @@ class FileMap:
         for position in range(start, min(offset + size, self.size), _READ_AHEAD):
             _libc.will_need(self.address + position, min(_READ_AHEAD, offset + size - position))
 
+    def release(self, offset: int, size: int) -> None:
+        """Unmap the pages that lie within bytes [offset, offset + size); what is touched again is mapped again."""
+        start, stop = -(-offset // _PAGE) * _PAGE, (offset + size) // _PAGE * _PAGE
+        if start < stop:
+            _libc.will_not_need(self.address + start, stop - start)
+
 
 def _open_regular(path: Path):
     try:
