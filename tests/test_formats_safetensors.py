@@ -133,7 +133,6 @@ def file_backed_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 
 
-
 def test_tied_tensors_of_save_model_become_aliases(tmp_path):
     model = torch.nn.Module()
     model.head, model.embedding = torch.nn.Linear(3, 3), None
