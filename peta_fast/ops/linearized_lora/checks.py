@@ -51,8 +51,8 @@ def check_shapes(who, x, weight, bias, A0, dA, B0, dB) -> None:
         if tensor is not None and tuple(tensor.shape) != expected[name]:
             raise CompatibilityError(
                 who,
-                f"{name} is {shape(tensor)}, expected {list(expected[name])}; weight is {shape(weight)}, A0 {shape(A0)}",
-                "A is [r, in] and B is [out, r]; all four must have the layer's sizes and one rank.",
+                f"{name} is {shape(tensor)}, expected {list(expected[name])} for weight {shape(weight)} and rank {r}",
+                "A0 and dA are [r, in], B0 and dB [out, r]; r is A0's first size.",
             )
 
 

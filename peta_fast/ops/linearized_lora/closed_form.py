@@ -40,7 +40,7 @@ def forward(
         u = u_and_t[:, : A0.shape[0]].contiguous()
         u_and_t[:, A0.shape[0] :] += u
         y.addmm_(u_and_t, torch.cat((dB, B0), 1).t(), alpha=scaling)
-    return y.reshape(*x.shape[:-1], -1) if x.dim() != 2 else y, u.reshape(*x.shape[:-1], -1) if x.dim() != 2 else u
+    return y.reshape(*x.shape[:-1], y.shape[1]), u.reshape(*x.shape[:-1], u.shape[1])
 
 
 def backward(

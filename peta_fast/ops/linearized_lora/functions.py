@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from peta_fast.errors import CompatibilityError
 from peta_fast.ops.linearized_lora import dispatch
-from peta_fast.ops.linearized_lora.modes import in_forward_ad, in_functorch
+from peta_fast.ops.linearized_lora.modes import in_forward_ad, in_functorch, tangent_among
 from peta_fast.ops.linearized_lora.reference import (
     backward_reference,
     dropout_factors,
@@ -95,7 +95,8 @@ class LinearizedLoRA(Function):
 
 def gradients(gy, gu, x, u, weight, A0, dA, B0, dB, seed, scaling, dropout, needs):
     """Those of x, weight, bias, dA, dB, by kernel where nobody differentiates or batches the backward itself."""
-    if gy is None or gu is not None or torch.is_grad_enabled() or in_functorch():
+    looked_into = torch.is_grad_enabled() or in_functorch() or tangent_among((gy, x, u, weight, A0, dA, B0, dB))
+    if gy is None or gu is not None or looked_into:
         factors = None
         if seed is not None:
             rows = u.shape[:-1]
