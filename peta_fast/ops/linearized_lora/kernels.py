@@ -3,7 +3,7 @@
     fused      y  = x W0ᵀ + b + s [p dBᵀ + t B0ᵀ],  p = D(x) A0ᵀ, t = p + D(x) dAᵀ, in one launch: p and t grow beside
                the accumulator from the tiles of x that are there anyway. Dual: a second accumulator shares W0's tiles.
     prefill    y <- b + s [p dBᵀ + t B0ᵀ] and p, for a matrix multiplication that adds x W0ᵀ to y
-    partials   parts of g B0, g dB (over ranges of columns) and of uᵀ g (over ranges of rows) from one read of g
+    partials   parts of g B0, g dB (over ranges of columns) and of gᵀ u (over ranges of rows) from one read of g
     finish     sums the parts in a fixed order: gx <- D(s [v0 dA + (v0 + vd) A0]), gdB = s gᵀ u, and v0 for gdA
     dA         gdA = s v0ᵀ D(x)
 
@@ -198,7 +198,7 @@ def partials_kernel(
     """grid (column ranges of BN, row ranges of rows_each, a multiple of BM)
 
     v    [column ranges, 2 if GENERAL else 1, M, R]  g dB, then g B0, over one range of columns
-    gdB  [row ranges, R, N]                          uᵀ g over one range of rows
+    gdB  [row ranges, N, R]                          gᵀ u over one range of rows
     """
     columns, ranks = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
     narrow: tl.constexpr = p_g.dtype.element_ty
@@ -208,21 +208,21 @@ def partials_kernel(
             b_B0 = _tile(p_B0, columns, ranks, B0_n, B0_r, N, r).to(narrow)  # [BN, R]
     VECTORS: tl.constexpr = 2 if GENERAL else 1
     part = tl.program_id(0).to(tl.int64) * VECTORS
-    acc = tl.zeros((R, BN), dtype=ACC)
+    acc = tl.zeros((BN, R), dtype=ACC)
     first = tl.program_id(1) * rows_each
     for m in range(first, tl.minimum(first + rows_each, M), BM):
         rows = m + tl.arange(0, BM)
         b_g = _tile(p_g, rows, columns, g_m, g_n, M, N)  # [BM, BN]
         if NEEDS_GDB:
-            b_u = _tile(p_u, ranks, rows, u_r, u_m, r, M)  # [R, BM]
-            acc = _dot(b_u, b_g, acc, ACC, UPCAST)
+            b_u = _tile(p_u, rows, ranks, u_m, u_r, M, r)  # [BM, R]
+            acc = _dot(tl.trans(b_g), b_u, acc, ACC, UPCAST)
         if NEEDS_V:
             zero = tl.zeros((BM, R), dtype=ACC)
             _store(p_v + part * M * R, rows, ranks, R, 1, M, R, _dot(b_g, b_dB, zero, ACC, UPCAST))
             if GENERAL:
                 _store(p_v + (part + 1) * M * R, rows, ranks, R, 1, M, R, _dot(b_g, b_B0, zero, ACC, UPCAST))
     if NEEDS_GDB:
-        _store(p_gdB + tl.program_id(1).to(tl.int64) * R * N, ranks, columns, N, 1, R, N, acc)
+        _store(p_gdB + tl.program_id(1).to(tl.int64) * R * N, columns, ranks, R, 1, N, R, acc)
 
 
 @triton.jit
@@ -267,10 +267,10 @@ def finish_kernel(
                 _store(p_gx, rows, ks, K, 1, M, K, low)
     else:
         columns = (pid - row_programs) * BN + tl.arange(0, BN)
-        acc = tl.zeros((R, BN), dtype=ACC)
+        acc = tl.zeros((BN, R), dtype=ACC)
         for i in range(0, row_ranges):
-            acc += _tile(p_gdB_parts + tl.cast(i, tl.int64) * R * N, ranks, columns, N, 1, R, N)  # [R, BN]
-        _store(p_gdB, ranks, columns, 1, r, r, N, scaling * acc)
+            acc += _tile(p_gdB_parts + tl.cast(i, tl.int64) * R * N, columns, ranks, R, 1, N, R)  # [BN, R]
+        _store(p_gdB, columns, ranks, r, 1, N, r, scaling * acc)
 
 
 @triton.jit

@@ -35,22 +35,22 @@ def padded_rank(r: int) -> int:
 
 def fused_blocks(M: int, N: int, R: int, dual: bool = False) -> dict[str, int]:
     """Narrow columns where few rows leave few programs, and no more sums than a program's registers hold."""
-    BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 or dual or R > 32 else 128
+    BM = 16 if M <= 16 else 32 if M <= 32 or R > 64 or (dual and R > 16) else 64 if M <= 64 or dual or R > 16 else 128
     BN = 32 if BM <= 32 else 64 if BM == 64 else 128
-    warps = 4 if BM * BN <= 8192 and R <= 64 else 8
-    BK = 128 if BM <= 32 and R <= 32 else 64
+    warps = 4 if BM * BN <= 4096 and R <= 32 else 8
+    BK = 128 if BM <= 32 and R <= 32 and not dual else 64
     return {"BM": BM, "BN": BN, "BK": BK, "GROUP": 8, "num_warps": warps, "num_stages": 3 if dual or R > 32 else 4}
 
 
 def prefill_blocks(R: int, dual: bool = False) -> dict[str, int]:
     BM = 32 if dual or R > 32 else 64
-    return {"BM": BM, "BN": 64 if R > 32 else 128, "BK": 64, "num_warps": 4, "num_stages": 3}
+    return {"BM": BM, "BN": 64 if R > 32 else 128, "BK": 64, "num_warps": 8 if R > 64 and dual else 4, "num_stages": 3}
 
 
 def partials_blocks(R: int) -> dict[str, int]:
     """gdB's part [R, BN] stays in registers; the wider, the fewer parts of v."""
-    BN = 512 if R <= 16 else 256 if R <= 64 else 128
-    return {"BM": 32, "BN": BN, "num_warps": 8, "num_stages": 3 if R <= 64 else 2}
+    BN = 256 if R <= 32 else 128
+    return {"BM": 64 if R <= 64 else 32, "BN": BN, "num_warps": 8, "num_stages": 3 if R <= 64 else 2}
 
 
 def finish_blocks(R: int) -> dict[str, int]:
@@ -152,7 +152,7 @@ def _adapter_gradients(g, u, A0, dA, B0, dB, seed, scaling, dropout, gx, gdB, ne
     rows_each = rows_of_a_range(M, column_ranges, blocks["BM"])
     row_ranges = triton.cdiv(M, rows_each)
     v = g.new_empty((column_ranges, 2 if general else 1, M, R) if needs_v else (0,), dtype=sums)
-    parts = g.new_empty((row_ranges, R, N) if gdB is not None else (0,), dtype=sums)
+    parts = g.new_empty((row_ranges, N, R) if gdB is not None else (0,), dtype=sums)
     launch(
         kernels.partials_kernel, (column_ranges, row_ranges), g, u, B0, dB, v, parts, M, N, r, rows_each,
         *strides(g, u, B0, dB), GENERAL=general, NEEDS_V=needs_v, NEEDS_GDB=gdB is not None, R=R, **blocks,
