@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_layers import Layers, Shape, kept_bytes, owned_bytes, timer
+from lora_layers import Layers, Shape, finished, kept_bytes, owned_bytes, seconds
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -55,15 +55,13 @@ def bench_forward_backward(measure, layers, reference):
 
 def _measure(measure, layers, reference, passes) -> None:
     name, layer = reference
-    ours, theirs, bare = passes(layers.ours()), passes(layer), passes(layers.bare())
+    ours, theirs, bare = (finished(passes(f), DEVICE) for f in (layers.ours(), layer, layers.bare()))
     error = layers.error()
     assert error < MOST_ERROR, f"the result is off by {error}"
-    seconds = timer(DEVICE)
     for work in (ours, theirs, bare):
-        seconds(work)
-    best = []
+        work()
     measure(
-        lambda: best.append(seconds(ours)),
+        ours,
         floor=lambda: seconds(bare),
         floor_name="bare linear",
         reference=lambda: seconds(theirs),
@@ -74,5 +72,4 @@ def _measure(measure, layers, reference, passes) -> None:
         goal=f"{GOALS[name]}; of the bare layer {GOALS['bare']}",
         kept_bytes={"ours": kept_bytes(layers, layers.ours()), name: kept_bytes(layers, layer)},
         owned_bytes={"ours": owned_bytes(layers, layers.ours()), name: owned_bytes(layers, layer)},
-        best_seconds=best,
     )

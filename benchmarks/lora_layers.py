@@ -117,18 +117,25 @@ def peft_linear(kind, base: nn.Linear, config) -> nn.Module:
         return kind(base, "default", r=config.r, lora_alpha=config.lora_alpha)
 
 
-def timer(device: str) -> Callable[[Callable[[], object]], float]:
-    """work -> seconds: by the clock on the CPU, by events on a GPU, where enough calls run to hide the launches."""
-    return seconds_on_cpu if device == "cpu" else seconds_on_gpu
+def finished(work: Callable[[], object], device: str) -> Callable[[], None]:
+    """The work and the wait for its end, so that a clock can time it."""
+
+    def run() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
-def seconds_on_cpu(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def seconds_on_gpu(work: Callable[[], object], calls: int = 10) -> float:
+    """By events, over enough calls to hide the launches."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
