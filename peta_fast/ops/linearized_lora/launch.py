@@ -24,7 +24,6 @@ from peta_fast.ops.linearized_lora.reference import rows_of
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUSED_ROWS = 256
 """Up to so many rows the fused kernel runs; beyond, cuBLAS adds the base product to what prefill wrote."""
-LARGEST_RANK = 128
 PROGRAMS = 132
 """What a launch should have at least: the number of multiprocessors of an H100 or H200."""
 
