@@ -1,0 +1,5 @@
+"""Linearized LoRA as one operation: the first-order expansion of a LoRA layer around (A0, B0), at the cost of LoRA."""
+
+from peta_fast.ops.linearized_lora.op import linearized_lora, linearized_lora_dual
+
+__all__ = ["linearized_lora", "linearized_lora_dual"]
