@@ -131,12 +131,13 @@ class LinearizedLoraLayer(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: LinearizedFactors) -> None:
-        """Overwrites point and step."""
-        if factors.B0 is None:
-            self.lora_A[adapter_name], self.lora_B[adapter_name] = Point(factors.A0), Step(factors.delta_B)
+        """Copies in another point and step."""
+        A0, dB = factors.A0.clone(), factors.delta_B.detach().clone()
+        if factors.B0 is None or factors.delta_A is None:
+            self.lora_A[adapter_name], self.lora_B[adapter_name] = Point(A0), Step(dB)
         else:
-            self.lora_A[adapter_name] = PointAndStep(factors.A0, factors.delta_A, None)
-            self.lora_B[adapter_name] = PointAndStep(factors.B0, factors.delta_B, factors.scaling)
+            self.lora_A[adapter_name] = PointAndStep(A0, factors.delta_A.detach().clone(), None)
+            self.lora_B[adapter_name] = PointAndStep(factors.B0.clone(), dB, factors.scaling)
         self.scaling[adapter_name] = factors.scaling
         self.set_adapter(self.active_adapters)
 

@@ -54,10 +54,11 @@ def no_match(missing: list[str], modules: Mapping[str, nn.Module]) -> RecipeErro
     """Says which names match nothing, and the most similar last names of the Linears that are there."""
     known = sorted({name.rpartition(".")[2] for name, module in modules.items() if base_layer.is_supported(module)})
     near = [n for tail in missing for n in difflib.get_close_matches(tail.rpartition(".")[2], known, n=3, cutoff=0.3)]
+    named = ", ".join(f"'{tail}'" for tail in missing)
     listed = ", ".join(map(repr, dict.fromkeys(near or known[:8])))
     return RecipeError(
         "target_modules",
-        f"no module matches {', '.join(map(repr, missing)) or 'an empty list'}",
+        f"no module matches {named or 'an empty list'}",
         f"The nearest Linear modules are {listed}." if listed else "The model has no Linear.",
     )
 

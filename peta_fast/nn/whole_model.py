@@ -141,6 +141,8 @@ def dual_call(layer, x: Tensor, weight: Tensor, factors: LinearizedFactors, drop
     f = factors
     if not (layer.training and dropout):
         y0, dy = linearized_lora_dual(x, dx, weight, layer.bias, f.A0, f.delta_A, f.B0, f.delta_B, f.scaling)
+        if not any(t is not None and t.requires_grad for t in (x, weight, layer.bias)):
+            y0 = y0.detach()  # phi0 is fixed: nothing flows back through the value, and the backward need not look
         return forward_ad.make_dual(y0, dy)
     y0, dy = dropped_branch(x, dx, f, dropout)
     dy = dy if dx is None else functional.linear(dx, weight) + dy
