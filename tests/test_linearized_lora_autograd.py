@@ -300,7 +300,9 @@ def test_the_operators_pass_pytorchs_own_checks(b0_is_zero):
     case = small_case(b0_is_zero)
     x, *others = case.arguments()
     torch.library.opcheck(torch.ops.peta_fast.linearized_lora.default, (x, *others, None, SCALING, 0.0))
-    torch.library.opcheck(torch.ops.peta_fast.linearized_lora_dual.default, (x, x.detach().sin().requires_grad_(), *others, SCALING))
+    torch.library.opcheck(
+        torch.ops.peta_fast.linearized_lora_dual.default, (x, x.detach().sin().requires_grad_(), *others, SCALING)
+    )
     plain = [None if t is None else t.detach() for t in case.arguments()]
     u = plain[0] @ plain[3].t()
     needs = [True, not b0_is_zero, True]

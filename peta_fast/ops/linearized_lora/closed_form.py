@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peta_fast.ops.linearized_lora.reference import dropout_factors, in_dtype_of, rows_of
+from peta_fast.ops.linearized_lora.reference import dropout_factors, dual_reference, in_dtype_of, rows_of
 
 
 def forward(
@@ -86,3 +86,8 @@ def _dA_gradient(at_B0: Tensor, x: Tensor, seed: Tensor | None, scaling: float, 
     """at_B0 [rows, r] = gy B0, x [rows, in] -> s (gy B0)ᵀ D(x)"""
     dropped = x if seed is None else x * dropout_factors(x, seed, dropout)
     return (at_B0.t() @ dropped).mul_(scaling)
+
+
+def dual(x, dx, weight, bias, A0, dA, B0, dB, scaling):
+    """y0, dy [*, out], u [*, r]"""
+    return dual_reference(x, dx, weight, bias, A0, dA, B0, dB, scaling)

@@ -1,0 +1,124 @@
+"""Builds the Triton kernels of linearized LoRA for a GPU that is not there, as launch.py would launch them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+MATRIX_INSTRUCTIONS = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's name and what it was to be launched with."""
+
+    kernel: str
+    arguments: tuple
+    options: dict
+
+
+@dataclass(frozen=True)
+class Build:
+    """Registers, and bytes of stack and of local memory, a thread; bytes of shared memory; matrix instructions."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    matrix_instructions: int
+
+
+def recorded(work: Callable[[], object]) -> list[Launch]:
+    """What `work` launches; nothing runs."""
+    from peta_fast.ops.linearized_lora import launch
+
+    found: list[Launch] = []
+    untouched = launch.launch
+    launch.launch = lambda kernel, grid, *a, **o: found.append(Launch(kernel.fn.__name__, a, o))
+    try:
+        work()
+    finally:
+        launch.launch = untouched
+    return found
+
+
+def launches(
+    M: int, K: int, N: int, r: int, *, general: bool, dropout: float = 0.0, way: str = "train", adapter=torch.bfloat16
+) -> list[Launch]:
+    """Of a layer's forward and backward ("train"), or of its dual; bf16, tensors without memory."""
+    from peta_fast.ops.linearized_lora import launch
+
+    def empty(*size: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    x, weight, bias, g = empty(M, K), empty(N, K), empty(N), empty(M, N)
+    A0, dB = empty(r, K, dtype=adapter), empty(N, r, dtype=adapter)
+    dA, B0 = (torch.empty_like(A0), torch.empty_like(dB)) if general else (None, None)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
+    if way == "dual":
+        return recorded(lambda: launch.dual(x, empty(M, K), weight, bias, A0, dA, B0, dB, 2.0))
+
+    def train():
+        u = launch.forward(x, weight, bias, A0, dA, B0, dB, seed, 2.0, dropout)[1]
+        launch.backward(g, x, u, weight, A0, dA, B0, dB, seed, 2.0, dropout, (True, general, True))
+
+    return recorded(train)
+
+
+def source_of(launched: Launch):
+    """The ASTSource that triton.jit would make of these arguments: 1 and None are constants, multiples of 16 known."""
+    from triton.compiler import ASTSource
+
+    from peta_fast.ops.linearized_lora import kernels
+
+    kernel = getattr(kernels, launched.kernel)
+    names = kernel.arg_names
+    compiler_options = ("num_warps", "num_stages")
+    values = dict(zip(names, launched.arguments, strict=False))
+    values |= {k: v for k, v in launched.options.items() if k not in compiler_options}
+    assert sorted(values) == sorted(names)
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(names):
+        value = values[name]
+        declared = kernel.params[place].is_constexpr
+        if declared or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {k: launched.options[k] for k in compiler_options}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def build(launched: Launch, architecture: int, folder: Path) -> Build:
+    """Compiles to machine code, and reads the resources that the code asks for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = source_of(launched)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    cubin = folder / f"{launched.kernel}-{architecture}-{id(compiled)}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Build(
+        numbers["REG"],
+        numbers["STACK"],
+        numbers["LOCAL"],
+        compiled.metadata.shared,
+        len(MATRIX_INSTRUCTIONS.findall(compiled.asm["ptx"])),
+    )
