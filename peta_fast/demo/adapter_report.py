@@ -17,13 +17,14 @@ from peta_fast.demo.extras import import_extra
 COLOURS = ("#d55e00", "#0072b2", "#e69f00", "#56b4e9")
 """Of KINDS, from Okabe and Ito's palette."""
 LEGEND = (
-    "own: mean test accuracy of the tasks' own adapters. Then the normalized score of merging 2, 3, ... of them: mean "
-    "over all tasks of accuracy / accuracy of the task's own adapter of the same kind, mean +- deviation over subsets."
+    "own: mean test accuracy of the tasks' own adapters. N tasks: normalized score of merging N of them, the mean over all "
+    "tasks of accuracy / accuracy of the task's own adapter of the same kind; mean ± deviation over the subsets of N tasks. "
+    "acc.: mean accuracy with all merged. B0≠0: the shared starting point has a random B0; else it is zero."
 )
 
 
 def headings(result: AdapterResult) -> list[str]:
-    return ["", "merged by", "own", *(f"{count} tasks" for count in result.counts()), "mean acc."]
+    return ["", "merged by", "own", *(f"{count} tasks" for count in result.counts()), "acc."]
 
 
 def rows(result: AdapterResult) -> list[list[str]]:
@@ -32,7 +33,7 @@ def rows(result: AdapterResult) -> list[list[str]]:
     for kind in KINDS:
         for method in METHODS:
             scores = [result.mean_and_spread(kind.name, method, count) for count in result.counts()]
-            shown = [f"{mean:.3f} +- {spread:.3f}" if spread else f"{mean:.3f}" for mean, spread in scores]
+            shown = [f"{mean:.3f}±{spread:.2f}" if spread else f"{mean:.3f}" for mean, spread in scores]
             last = result.of(kind.name, method, result.counts()[-1])[0].mean_accuracy
             own = f"{100 * result.own_mean(kind.name):.1f}"
             found.append([kind.name, method.replace("_", " "), own, *shown, f"{100 * last:.1f}"])

@@ -42,8 +42,8 @@ class Kind:
 KINDS = (
     Kind("LoRA", False, "lora"),
     Kind("L-LoRA", True, "lora"),
-    Kind("LoRA, B0 random", False, "gaussian"),
-    Kind("L-LoRA, B0 random", True, "gaussian"),
+    Kind("LoRA B0≠0", False, "gaussian"),
+    Kind("L-LoRA B0≠0", True, "gaussian"),
 )
 
 
@@ -136,7 +136,7 @@ def compare(
             )  # fmt: skip
             vectors[task], own[kind.name][task] = steps_of(tuned), accuracy(tuned, digits.test.seen_as(task))
             if kind.linearized:
-                save_adapter(tuned, out / ("B0_random" if kind.init == "gaussian" else "B0_zero") / task)
+                save_adapter(tuned, out / ("B0_nonzero" if kind.init == "gaussian" else "B0_zero") / task)
         merged += merges(kind, model, vectors, own[kind.name], digits, scalings, advance)
     start = load_checkpoint(base)
     return AdapterResult(own, {task: accuracy(start, digits.test.seen_as(task)) for task in TASKS}, tuple(merged))
