@@ -1,4 +1,4 @@
-"""The demonstration's comparison of LoRA with linearized LoRA: one start, merges that add up, scores of what is saved."""
+"""The demonstration's comparison of LoRA with linearized LoRA: one start, merges that add up, true scores."""
 
 from __future__ import annotations
 

@@ -185,7 +185,8 @@ def test_the_whole_model_trains_from_its_linearized_logits(examples, tmp_path):
     def loss_of(outputs, labels, **_):
         return cross_entropy(outputs.logits, labels)
 
-    settings = arguments(tmp_path, 24, remove_unused_columns=False, label_names=["labels"])
+    options = {"learning_rate": 2e-2, "remove_unused_columns": False, "label_names": ["labels"]}
+    settings = arguments(tmp_path, 24, **options)
     trainer = Trainer(model, settings, train_dataset=examples, compute_loss_func=loss_of)
     trainer.train()
     assert lowered(losses(trainer))

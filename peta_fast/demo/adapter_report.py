@@ -17,9 +17,10 @@ from peta_fast.demo.extras import import_extra
 COLOURS = ("#d55e00", "#0072b2", "#e69f00", "#56b4e9")
 """Of KINDS, from Okabe and Ito's palette."""
 LEGEND = (
-    "own: mean test accuracy of the tasks' own adapters. N tasks: normalized score of merging N of them, the mean over all "
-    "tasks of accuracy / accuracy of the task's own adapter of the same kind; mean ± deviation over the subsets of N tasks. "
-    "acc.: mean accuracy with all merged. B0≠0: the shared starting point has a random B0; else it is zero."
+    "own: mean test accuracy of the tasks' own adapters. N tasks: normalized score of merging N of them, which is the "
+    "mean over all tasks of accuracy / accuracy of the task's own adapter of the same kind; mean ± deviation over the "
+    "subsets of N tasks. acc.: mean accuracy with all merged. B0≠0: the common starting point has a random B0, else "
+    "a zero one."
 )
 
 

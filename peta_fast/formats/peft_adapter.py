@@ -21,12 +21,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peta_fast.errors import CheckpointError, CompatibilityError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Tensor = Any
+"""A torch.Tensor; torch is imported where it is needed, and not before."""
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
