@@ -17,7 +17,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"errors": ("errors",)},
     {"buffers": ("buffers",), "_native": ("_native", "_cpu")},
     {"ops": ("ops",), "formats": ("formats",)},
-    {"methods": ("methods",)},
+    {"methods": ("methods",), "nn": ("nn",)},
     {"recipe": ("recipe", "_recipe_reader", "_recipe_settings", "_recipe_spec", "_yaml_lines")},
     {"plan": ("plan", "_assignment", "_tensor_plan")},
     {"run": ("run", "_engine", "_output", "_companions", "journal")},
@@ -30,7 +30,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
 PART_OF = {module: part for layer in LAYERS for part, modules in layer.items() for module in modules}
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 LONGEST = 600
-MAY_IMPORT_TORCH = ("demo", "ops.linearized_lora")
+MAY_IMPORT_TORCH = ("demo", "nn", "ops.linearized_lora")
 """Modules, with all that stands below them."""
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peta_fast.demo import adapter_report
 from peta_fast.demo.data import UPRIGHT, Digits
 from peta_fast.demo.progress import say
 from peta_fast.demo.results import BASE, FINETUNE, MERGE, DemoResult, Row
@@ -60,8 +61,10 @@ def show(result: DemoResult, console: Console) -> None:
     console.print()
     console.print(Text(summary(result)))
     console.print(Text(LEGEND))
+    if result.adapters is not None:
+        adapter_report.show(result.adapters, console)
     say(console, f"\n{result.seconds:.0f} s. Checkpoints, recipes, results.json and results.md are in {out}/")
-    say(console, f"Picture: {out / 'accuracy.png'}")
+    say(console, f"Pictures: {out / 'accuracy.png'}, {out / 'adapters.png'}")
     command = ["peta-fast", "merge", (best.recipe or out).as_posix(), "my_merge"]
     say(console, f"Next:    {shlex.join(command)}")
 
@@ -85,6 +88,7 @@ def write(result: DemoResult, digits: Digits, regime: Regime) -> None:
         "regime": asdict(regime),
         "tasks": list(result.tasks),
         "rows": [_document(result, row) for row in result.rows],
+        "adapters": result.adapters and adapter_report.document(result.adapters),
     }
     (result.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (result.out / "results.md").write_text(markdown(result, digits, regime), encoding="utf-8")
@@ -132,5 +136,6 @@ def markdown(result: DemoResult, digits: Digits, regime: Regime) -> str:
             "- Merges: the recipes in `recipes/`. Their scaling, and which merge is called the best, are chosen by "
             "mean accuracy on the validation images; all else is fixed. Test images are used for the table alone.",
             "",
+            adapter_report.markdown(result.adapters) if result.adapters else "",
         ]
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peta_fast.demo.adapters import AdapterResult
+
 BASE, FINETUNE, MERGE = "base", "finetune", "merge"
 """Kinds of rows."""
 
@@ -44,6 +46,7 @@ class DemoResult:
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     seconds: float
+    adapters: AdapterResult | None = None
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)

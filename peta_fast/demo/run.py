@@ -14,18 +14,32 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from peta_fast.demo import picture, report
+from peta_fast.demo import adapter_report, picture, report
+from peta_fast.demo.adapters import KINDS, AdapterResult, adapter_steps, compare
 from peta_fast.demo.data import TASKS, UPRIGHT, Digits, Images, load_digits
 from peta_fast.demo.extras import import_extra
 from peta_fast.demo.model import DigitsMLP, load_checkpoint, load_state, save_checkpoint
 from peta_fast.demo.progress import stage
 from peta_fast.demo.recipes import MERGES, QUICK_SCALINGS, SCALINGS, Merge, recipe_text
 from peta_fast.demo.results import BASE, FINETUNE, MERGE, DemoResult, Row
-from peta_fast.demo.train import FULL, QUICK, Regime, accuracy, base_images, new_model, reproducible, steps, trained
+from peta_fast.demo.train import (
+    BATCH,
+    FULL,
+    QUICK,
+    Regime,
+    accuracy,
+    base_images,
+    new_model,
+    reproducible,
+    steps,
+    trained,
+)
 from peta_fast.errors import ResourceError
 from peta_fast.merging import merge, merge_state_dicts
 
-ENTRIES = {"base", "tasks", "recipes", "merged", "results.json", "results.md", "accuracy.png"}
+ENTRIES = {
+    "base", "tasks", "recipes", "merged", "adapters", "results.json", "results.md", "accuracy.png", "adapters.png",
+}  # fmt: skip
 """What the output folder holds."""
 
 
@@ -56,7 +70,7 @@ def run_demo(
 
     out      folder, made if needed; an earlier demonstration in it is overwritten
     seed     of splits, initialization and batches; the same seed gives the same checkpoints on the same machine
-    quick    a few seconds instead of half a minute, and worse numbers
+    quick    a few seconds instead of a minute, and worse numbers
     console  where progress and table go; stdout by default
 
     Raises ResourceError when `out` holds other things, PetaFastError when scikit-learn or matplotlib is missing.
@@ -72,8 +86,10 @@ def run_demo(
         for task in TASKS:
             train_finetune(setting, task)
         rows = [*score_trained(setting), *(merge_and_score(setting, choice) for choice in MERGES)]
-    result = DemoResult(out, seed, quick, tuple(TASKS), tuple(rows), time.perf_counter() - started)
+        adapters = compare_adapters(setting)
+    result = DemoResult(out, seed, quick, tuple(TASKS), tuple(rows), time.perf_counter() - started, adapters)
     picture.draw(result, setting.digits.test, out / "accuracy.png")
+    adapter_report.draw(adapters, out / "adapters.png")
     report.write(result, setting.digits, regime)
     report.show(result, console)
     return result
@@ -143,6 +159,18 @@ def merge_and_score(setting: Setting, choice: Merge) -> Row:
         chosen = "" if scaling is None else f" with scaling {scaling}"
         under_way.outcome = f"{validated:.1%} of the validation digits of all tasks{chosen}"
     return Row(choice.name, MERGE, merged, test_accuracy(setting, merged), recipe, scaling, validated, curve)
+
+
+def compare_adapters(setting: Setting) -> AdapterResult:
+    """LoRA and linearized LoRA, fine-tuned on every task and merged in every combination."""
+    count = adapter_steps(setting.digits.train, setting.regime, BATCH)
+    with stage(setting.console, "adapters", count) as under_way:
+        found = compare(
+            setting.base, setting.out / "adapters", setting.digits, setting.regime, setting.scalings, setting.seed,
+            under_way.advance,
+        )  # fmt: skip
+        under_way.outcome = f"{len(KINDS)} kinds, {len(found.merged)} merges"
+    return found
 
 
 def validation_curve(setting: Setting, choice: Merge, advance: Callable[[], None]) -> dict[float, float]:

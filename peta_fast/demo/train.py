@@ -32,6 +32,7 @@ class Regime:
     base_learning_rate: float = 1e-3
     task_learning_rate: float = 7e-5
     few_per_digit: int = 3
+    adapter_learning_rate: float = 2e-3
 
 
 FULL = Regime(base_epochs=40, task_epochs=12)
@@ -73,11 +74,12 @@ def steps(images: Images, epochs: int) -> int:
 
 
 def trained(
-    start: DigitsMLP, images: Images, *, epochs: int, learning_rate: float, seed: int, advance: Callable[[], None]
-) -> DigitsMLP:
+    start: DigitsMLP, images: Images, *, epochs: int, learning_rate: float, seed: int, advance: Callable[[], None],
+    weight_decay: float = WEIGHT_DECAY,
+) -> DigitsMLP:  # fmt: skip
     """A trained copy of `start`: AdamW, cosine schedule, smoothed cross-entropy. advance() is called every step."""
     model = copy.deepcopy(start).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps(images, epochs))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):

@@ -1,0 +1,22 @@
+"""Layers and models that are linear in their adapters: LinearizedLoRALinear, linearize, PEFT in and out."""
+
+from __future__ import annotations
+
+from peta_fast.nn.combine import add_adapters, task_vector
+from peta_fast.nn.linear import LinearizedLoRALinear
+from peta_fast.nn.model import delinearize, disable_adapter, linearize, set_adapter
+from peta_fast.nn.saving import load_adapter, save_adapter
+from peta_fast.nn.whole_model import LinearizedModel
+
+
+def register(config):
+    """Makes get_peft_model(model, config) build linearized layers; see peta_fast.nn.peft_layer.register."""
+    from peta_fast.nn import peft_layer
+
+    return peft_layer.register(config)
+
+
+__all__ = [
+    "LinearizedLoRALinear", "LinearizedModel", "add_adapters", "delinearize", "disable_adapter", "linearize",
+    "load_adapter", "register", "save_adapter", "set_adapter", "task_vector",
+]  # fmt: skip
