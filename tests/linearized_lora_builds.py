@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -122,3 +123,14 @@ def build(launched: Launch, architecture: int, folder: Path) -> Build:
         compiled.metadata.shared,
         len(MATRIX_INSTRUCTIONS.findall(compiled.asm["ptx"])),
     )
+
+
+def build_in(folder: str) -> None:
+    """Makes this process's builds new ones, for GPUs."""
+    os.environ["TRITON_CACHE_DIR"] = folder
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def build_layer(layer: dict, architecture: int, folder: Path) -> dict[str, Build]:
+    """The build of every kernel that the layer launches, by name."""
+    return {launched.kernel: build(launched, architecture, folder) for launched in launches(**layer)}

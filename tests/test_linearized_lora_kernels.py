@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from concurrent.futures import Future, ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 from interpreter import run_python
-from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, Build, build, launches
+from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in, build_layer, launches
 from linearized_lora_interpreted import CHECKS
 
 pytest.importorskip("triton")
@@ -51,15 +49,6 @@ def builds(tmp_path_factory) -> dict[tuple[str, int], Future]:
     jobs = [(name, architecture) for name in LAYERS for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),)) as pool:
         yield {job: pool.submit(build_layer, LAYERS[job[0]], job[1], folder) for job in jobs}
-
-
-def build_in(folder: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = folder
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
-def build_layer(layer: dict, architecture: int, folder: Path) -> dict[str, Build]:
-    return {launched.kernel: build(launched, architecture, folder) for launched in launches(**layer)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)

@@ -139,7 +139,7 @@ class Checkpoint:
 
     def release(self, name: str) -> None:
         """Take a tensor out of this process's memory, where its file is mapped; Buffers of it stay good."""
-        info = self.tensors[name]
+        info, _ = self._range(name, 0, None)
         mapped = self._maps.get(info.file)
         if mapped is not None:
             mapped.release(info.offset, info.nbytes)
