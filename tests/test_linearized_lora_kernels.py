@@ -35,9 +35,12 @@ LAYERS = {
     f"{way}-{'general' if general else 'b0_is_zero'}-M{M}-r{r}": {
         "M": M, "K": 4096, "N": 4096, "r": r, "general": general, "way": way, "dropout": 0.1 * (way == "train"),
     }
-    for r, M in [(16, 64), (16, 8192), (64, 256), (128, 8192)]
-    for general in (True, False)
-    for way in ("train", "dual")
+    for r, M, general, way in [
+        (16, 64, True, "train"), (16, 64, False, "train"), (16, 64, True, "dual"), (16, 64, False, "dual"),
+        (16, 8192, True, "train"), (16, 8192, False, "train"), (16, 8192, True, "dual"),
+        (32, 256, True, "train"), (64, 256, True, "train"), (64, 64, True, "dual"), (64, 8192, False, "train"),
+        (128, 8192, True, "train"), (128, 8192, False, "train"), (128, 8192, True, "dual"),
+    ]
 }  # fmt: skip
 
 

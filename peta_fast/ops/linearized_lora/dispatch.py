@@ -11,6 +11,9 @@ from torch._subclasses import FakeTensor
 
 from peta_fast.ops.linearized_lora import closed_form
 
+LARGEST_RANK = 128
+"""Beyond it the kernels' block shapes are not built or tested."""
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -19,7 +22,7 @@ def has_triton() -> bool:
 
 def runs_kernels(x: Tensor, A0: Tensor) -> bool:
     """fp32 and fp64 stay with cuBLAS: a GPU's matrix units take them in less precision or not from Triton."""
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or A0.shape[0] > 128:
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or A0.shape[0] > LARGEST_RANK:
         return False
     return has_triton() and not isinstance(x, FakeTensor)
 

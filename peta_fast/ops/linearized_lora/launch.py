@@ -24,7 +24,6 @@ from peta_fast.ops.linearized_lora.reference import rows_of
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUSED_ROWS = 256
 """Up to so many rows the fused kernel runs; beyond, cuBLAS adds the base product to what prefill wrote."""
-LARGEST_RANK = 128
 PROGRAMS = 132
 """What a launch should have at least: the number of multiprocessors of an H100 or H200."""
 
@@ -43,8 +42,10 @@ def fused_blocks(M: int, N: int, R: int, dual: bool = False) -> dict[str, int]:
 
 
 def prefill_blocks(R: int, dual: bool = False) -> dict[str, int]:
+    if R > 64:
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
     BM = 32 if dual or R > 32 else 64
-    return {"BM": BM, "BN": 64 if R > 32 else 128, "BK": 64, "num_warps": 8 if R > 64 and dual else 4, "num_stages": 3}
+    return {"BM": BM, "BN": 64 if R > 32 else 128, "BK": 64, "num_warps": 4, "num_stages": 3}
 
 
 def partials_blocks(R: int) -> dict[str, int]:

@@ -1,0 +1,270 @@
+"""Everything that wants a GPU, in one command of less than ten minutes: build, tests marked `gpu`, benchmarks.
+
+usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick]
+
+Builds the package with what is installed here, runs every test marked `gpu`, measures linearized LoRA against the jvp,
+PEFT's LoRA and the bare layer, and both ways of its forward against each other. Writes tests.json, linearized_lora.json
+(rows), linearized_lora.md (their table and what went wrong) and, with matplotlib, linearized_lora.png to DIR, which is
+$OUT, or benchmarks/results/gpu. Needs torch with CUDA, triton, numpy and pytest, nothing else.
+Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+
+
+def main(words: list[str]) -> int:
+    options = arguments(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    problems = [] if options.skip_build else build(options.out)
+    sys.path.insert(0, str(FOLDER))
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_suite: torch sees no CUDA device here", file=sys.stderr)
+        return 1
+    problems += run_tests(options.out, deadline - time.monotonic())
+    rows, notes = measure_all(options.rounds, deadline, options.quick)
+    write(rows, [*problems, *notes], options.out)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_suite.py", description=__doc__.splitlines()[0])
+    default = Path(os.environ.get("OUT") or FOLDER / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=9.0, help="no measurement begins after so many")
+    parser.add_argument("--skip-build", action="store_true", help="take the package that is installed")
+    parser.add_argument("--quick", action="store_true", help="one small shape, to see that it runs")
+    return parser.parse_args(words)
+
+
+# ---------------------------------------------------------------- build and tests
+
+
+def build(out: Path) -> list[str]:
+    """Installs the package into this Python without fetching anything; what went wrong, as a list of at most one."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", str(ROOT)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode == 0:
+        return []
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return [f"the package was not built, so its sources ran: {ran.stderr.strip()[-600:]}"]
+
+
+def gpu_test_files() -> list[Path]:
+    """Only these, since others import what may not be installed here."""
+    return [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
+
+
+def run_tests(out: Path, seconds_left: float) -> list[str]:
+    """Writes tests.json; returns the names of what failed. A run without a single test that passed is a failure."""
+    report = out / "tests.xml"
+    settings = ["-o", "addopts=", "-o", f"pythonpath={ROOT / 'tests'}", "--import-mode=importlib", "--noconftest"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *settings, f"--junitxml={report}"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *map(str, gpu_test_files())]
+    try:
+        ran = subprocess.run(
+            command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=max(60.0, seconds_left / 2)
+        )
+    except subprocess.TimeoutExpired as late:
+        return [f"tests: not done after {late.timeout:.0f} s"]
+    if not report.exists():
+        return [f"tests: pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}"]
+    cases = [case_of(element) for element in ElementTree.parse(report).iter("testcase")]
+    report.unlink()
+    (out / "tests.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
+    failed = [f"test {case['name']}: {case['message']}" for case in cases if case["outcome"] == "failed"]
+    return failed or ([] if any(case["outcome"] == "passed" for case in cases) else ["tests: none passed"])
+
+
+def case_of(element: ElementTree.Element) -> dict[str, object]:
+    """name, outcome (passed, skipped or failed), message, seconds"""
+    bad = element.find("failure") if element.find("failure") is not None else element.find("error")
+    outcome = "failed" if bad is not None else "skipped" if element.find("skipped") is not None else "passed"
+    message = "" if bad is None else (bad.get("message") or bad.text or "").strip()[:400]
+    return {
+        "name": element.get("name"),
+        "outcome": outcome,
+        "message": message,
+        "seconds": float(element.get("time", 0)),
+    }
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def shapes(quick: bool) -> list:
+    """The most telling first: what is left when the time is up is not measured, and said."""
+    from lora_layers import Shape
+
+    if quick:
+        return [Shape(256, 512, 512, 16)]
+    return [
+        Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 16, general=True), Shape(8192, 4096, 14336, 16),
+        Shape(8192, 14336, 4096, 16), Shape(8192, 4096, 11008, 16), Shape(8192, 4096, 4096, 64),
+        Shape(8192, 4096, 4096, 8), *(Shape(M, 4096, N, 16) for M in (1, 64, 512) for N in (4096, 14336)),
+        Shape(64, 4096, 4096, 16, general=True),
+    ]  # fmt: skip
+
+
+def measure_all(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], list[str]]:
+    """Rows, and what was not measured or is wrong."""
+    import torch
+    from lora_layers import Layers
+
+    rows, notes = [], []
+    for shape in shapes(quick):
+        if time.monotonic() > deadline:
+            notes.append(f"{shape}: not measured, the time was up")
+            continue
+        layers = Layers(shape, "cuda", torch.bfloat16)
+        error = layers.error()
+        if not error < 2.0**-6:
+            notes.append(f"{shape}: not measured, the result is off by {error}")
+            continue
+        rows += rows_of_layer(layers, error, rounds)
+        rows += rows_of_ways(layers, rounds)
+        del layers
+        torch.cuda.empty_cache()
+    return rows, notes
+
+
+def rows_of_layer(layers, error: float, rounds: int) -> Iterator[dict]:
+    """Ours, jvp, PEFT and bare in turns, forward and forward with backward, with the memory of each."""
+    from lora_layers import kept_bytes, owned_bytes
+
+    kinds = {"ours": layers.ours(), "jvp": layers.jvp(), "peft": layers.peft(), "bare": layers.bare()}
+    kinds = {name: layer for name, layer in kinds.items() if layer is not None}
+    kept = {name: kept_bytes(layers, layer) for name, layer in kinds.items()}
+    owned = {name: owned_bytes(layers, layer) for name, layer in kinds.items()}
+    for passes in ("forward", "forward_backward"):
+        works = {name: getattr(layers, passes)(layer) for name, layer in kinds.items()}
+        times = in_turns(works, rounds)
+        peaks = {name: peak_bytes(work) for name, work in works.items()}
+        for reference in [name for name in ("jvp", "peft") if name in works]:
+            details = {"medians": medians(times), "kept_bytes": kept, "owned_bytes": owned, "peak_bytes": peaks}
+            yield row(passes, layers.shape, times, "ours", reference, "bare", error, details)
+
+
+def rows_of_ways(layers, rounds: int) -> Iterator[dict]:
+    """The one launch of the fused kernel against prefill and cuBLAS: where the choice between them should change."""
+    from lora_layers import SCALING
+
+    from peta_fast.ops.linearized_lora import launch
+
+    x, adapter = (
+        layers.x.detach(),
+        [None if t is None else t.detach() for t in (layers.A0, layers.dA, layers.B0, layers.dB)],
+    )
+
+    def way(fused: bool):
+        return lambda: launch.forward(x, layers.weight, layers.bias, *adapter, None, SCALING, 0.0, fused=fused)
+
+    works = {"fused": way(True), "prefill": way(False), "bare": layers.forward(layers.bare())}
+    times = in_turns(works, rounds)
+    yield row("way_fused", layers.shape, times, "fused", "prefill", "bare", None, {"medians": medians(times)})
+
+
+def in_turns(works: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of every work, after a warm-up of each."""
+    from lora_layers import seconds_on_gpu
+
+    for work in works.values():
+        seconds_on_gpu(work, 3)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds_on_gpu(work, 5))
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(rounds) for name, rounds in times.items()}
+
+
+def peak_bytes(work) -> int:
+    """Allocated at most while it ran, beyond what was there before."""
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def row(name, shape, times, ours, reference, floor, error, details) -> dict:
+    """Medians, since a GPU's clock moves in both directions."""
+    import torch
+    import triton
+    from rows import Row
+
+    found = medians(times)
+    goal = {"jvp": "3 times faster, within 1.10 of bare", "peft": "1.25 times faster"}.get(reference, "")
+    made = Row(
+        f"linearized_lora_{name}", f"{shape}, bf16", found[ours], found[reference], found[floor], error, reference,
+        floor, "relative", goal=goal, details=details,
+    ).to_json()  # fmt: skip
+    versions = {**made["versions"], "triton": triton.__version__, "cuda": torch.version.cuda}
+    return {**made, "device": torch.cuda.get_device_name(), "versions": versions}
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def write(rows: list[dict], notes: list[str], out: Path) -> None:
+    from table import markdown
+
+    (out / "linearized_lora.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    text = markdown(rows) + "".join(f"\n- {note}" for note in notes) + "\n"
+    (out / "linearized_lora.md").write_text(text, encoding="utf-8")
+    plot(rows, out / "linearized_lora.png")
+    print(text)
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Forward with backward, in multiples of the bare layer. Without matplotlib there is no picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [r for r in rows if r["name"] == "linearized_lora_forward_backward" and r["reference_name"] == "jvp"]
+    if not chosen:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(chosen) + 1.5), layout="constrained")
+    kinds = [kind for kind in ("jvp", "peft", "ours") if kind in chosen[0]["details"]["medians"]]
+    for i, kind in enumerate(kinds):
+        ratios = [r["details"]["medians"][kind] / r["details"]["medians"]["bare"] for r in chosen]
+        axes.barh([y + 0.27 * i for y in range(len(chosen))], ratios, 0.25, label=kind)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([y + 0.27 for y in range(len(chosen))], [r["shape"] for r in chosen])
+    axes.set_xlabel("forward and backward, times the layer without an adapter")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""One layer of linearized LoRA in all the ways that are compared, and what its passes cost in time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peta_fast.ops.linearized_lora import linearized_lora
+from peta_fast.ops.linearized_lora.reference import JvpReference, PlainLoRA
+
+SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [M, K], weight [N, K], rank r; general: B0 is not 0."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    general: bool = False
+
+    def __str__(self) -> str:
+        return f"M{self.M}-K{self.K}-N{self.N}-r{self.r}-{'general' if self.general else 'b0_is_zero'}"
+
+
+class Layers:
+    """The same layer as ours, as a jvp, as PEFT's LoRA, and without an adapter; each a function x -> y."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, scale: float) -> Tensor:
+            return (scale * torch.randn(*size, generator=generator)).to(device, dtype)
+
+        M, K, N, r = shape.M, shape.K, shape.N, shape.r
+        self.shape, self.x = shape, normal(M, K, scale=1.0).requires_grad_()
+        self.weight, self.bias = normal(N, K, scale=K**-0.5), normal(N, scale=0.1)
+        self.A0, self.dB = normal(r, K, scale=K**-0.5), normal(N, r, scale=0.02).requires_grad_()
+        self.dA = normal(r, K, scale=0.1 * K**-0.5).requires_grad_() if shape.general else None
+        self.B0 = normal(N, r, scale=0.1) if shape.general else None
+        self.g = normal(M, N, scale=1.0)
+
+    def ours(self) -> Callable[[Tensor], Tensor]:
+        adapter = (self.A0, self.dA, self.B0, self.dB)
+        return lambda x: linearized_lora(x, self.weight, self.bias, *adapter, SCALING)
+
+    def jvp(self, dtype: torch.dtype | None = None) -> JvpReference:
+        B0 = torch.zeros_like(self.dB) if self.B0 is None else self.B0
+        tensors = (t.detach().to(dtype or t.dtype) for t in (self.weight, self.bias, self.A0, B0))
+        reference = JvpReference(PlainLoRA(*tensors, SCALING))
+        with torch.no_grad():
+            reference.layer.lora_B += self.dB
+            if self.dA is not None:
+                reference.layer.lora_A += self.dA
+        return reference
+
+    def bare(self) -> Callable[[Tensor], Tensor]:
+        return lambda x: nn.functional.linear(x, self.weight, self.bias)
+
+    def peft(self) -> nn.Module | None:
+        """PEFT's LoRA with the adapter in the base's dtype; None without PEFT. PEFT leaves the values of B at 0."""
+        try:
+            from peft import LoraConfig
+            from peft.tuners.lora import Linear
+        except ImportError:
+            return None
+        base = nn.Linear(self.shape.K, self.shape.N, device=self.x.device, dtype=self.x.dtype)
+        with torch.no_grad():
+            base.weight.copy_(self.weight)
+            base.bias.copy_(self.bias)
+        base.requires_grad_(False)
+        config = LoraConfig(r=self.shape.r, lora_alpha=2 * self.shape.r)
+        return peft_linear(Linear, base, config).to(self.x.device, self.x.dtype)
+
+    def forward(self, layer: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return layer(self.x)
+
+        return run
+
+    def forward_backward(self, layer: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        """The gradient of x, since a layer in the middle of a model passes one on, and of what it trains."""
+
+        def run() -> Tensor:
+            self.x.grad = None
+            y = layer(self.x)
+            y.backward(self.g)
+            return y
+
+        return run
+
+    def error(self) -> float:
+        """Largest |y - exact| / |exact|max, and the same of the gradients, against the jvp in fp64."""
+        exact = self.jvp(torch.float64)
+        x = self.x.detach().double().requires_grad_()
+        y_exact = exact(x)
+        steps = [exact.layer.lora_A, exact.layer.lora_B] if self.dA is not None else [exact.layer.lora_B]
+        truths = [y_exact, *torch.autograd.grad(y_exact, [x, *steps], self.g.double())]
+        y = self.ours()(self.x)
+        leaves = [t for t in (self.x, self.dA, self.dB) if t is not None]
+        founds = [y, *torch.autograd.grad(y, leaves, self.g)]
+        return max(((f.double() - t).abs().max() / t.abs().max()).item() for f, t in zip(founds, truths, strict=True))
+
+
+def peft_linear(kind, base: nn.Linear, config) -> nn.Module:
+    """PEFT 0.21 takes the config, older ones the numbers in it."""
+    try:
+        return kind(base, "default", config, r=config.r, lora_alpha=config.lora_alpha)
+    except TypeError:
+        return kind(base, "default", r=config.r, lora_alpha=config.lora_alpha)
+
+
+def finished(work: Callable[[], object], device: str) -> Callable[[], None]:
+    """The work and the wait for its end, so that a clock can time it."""
+
+    def run() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def seconds_on_gpu(work: Callable[[], object], calls: int = 10) -> float:
+    """By events, over enough calls to hide the launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def owned_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int:
+    """Bytes of a layer's parameters: base weight, bias, adapter, and the jvp's second copy of them."""
+    if isinstance(layer, nn.Module):
+        return sum(p.nbytes for p in layer.parameters())
+    tensors = (layers.weight, layers.bias, layers.A0, layers.dA, layers.B0, layers.dB)
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def kept_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int | None:
+    """Bytes that the forward keeps for the backward, each storage once, without x and what the layer owns.
+
+    None for the jvp, inside which PyTorch lets nobody look at what is saved.
+    """
+    if isinstance(layer, JvpReference):
+        return None
+    held = {layers.x.untyped_storage().data_ptr(), layers.weight.untyped_storage().data_ptr()}
+    if isinstance(layer, nn.Module):
+        held |= {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    else:
+        held |= {t.untyped_storage().data_ptr() for t in (layers.A0, layers.dB, layers.dA, layers.B0) if t is not None}
+    kept = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        layer(layers.x)
+    return sum(kept.values())
