@@ -285,3 +285,16 @@ def test_a_missing_extra_is_named_with_its_install_command_before_any_work(modul
     with pytest.raises(PetaFastError, match=r"(?s)not installed.*pip install 'peta_fast\[demo\]'"):
         run_demo(tmp_path / "out", quick=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "started, found, shown",
+    [(".venv/bin/peta-fast", None, ".venv/bin/peta-fast"), ("/usr/bin/peta-fast", "/usr/bin/peta-fast", "peta-fast"),
+     ("somewhere/pytest", None, "peta-fast")],
+)  # fmt: skip
+def test_the_next_command_is_one_that_can_be_called(monkeypatch, started, found, shown):
+    from peta_fast.demo import report
+
+    monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert report.program() == shown

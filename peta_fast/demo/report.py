@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -65,7 +68,7 @@ def show(result: DemoResult, console: Console) -> None:
         adapter_report.show(result.adapters, console)
     say(console, f"\n{result.seconds:.0f} s. Checkpoints, recipes, results.json and results.md are in {out}/")
     say(console, f"Pictures: {out / 'accuracy.png'}, {out / 'adapters.png'}")
-    command = ["peta-fast", "merge", (best.recipe or out).as_posix(), "my_merge"]
+    command = [program(), "merge", (best.recipe or out).as_posix(), "my_merge"]
     say(console, f"Next:    {shlex.join(command)}")
 
 
@@ -139,3 +142,9 @@ def markdown(result: DemoResult, digits: Digits, regime: Regime) -> str:
             adapter_report.markdown(result.adapters) if result.adapters else "",
         ]
     )
+
+
+def program() -> str:
+    """peta-fast as the reader can call it: by its name where that is found, else by the path that has started this."""
+    started = Path(sys.argv[0])
+    return started.as_posix() if started.name == "peta-fast" and not shutil.which("peta-fast") else "peta-fast"
