@@ -104,35 +104,6 @@ def test_a_map_goes_with_the_last_buffer_and_keeps_no_descriptor(tmp_path):
     assert maps_of(tmp_path) == 0
 
 
-def test_prefetch_takes_any_range_and_changes_nothing(tmp_path):
-    save_file({"w": torch.arange(300_000.0), "e": torch.empty(0)}, tmp_path / "model.safetensors")
-    checkpoint = open_checkpoint(tmp_path)
-    checkpoint.prefetch("w")
-    checkpoint.prefetch("w", 299_999)
-    checkpoint.prefetch("e")
-    assert np.frombuffer(tensor_bytes(checkpoint, "w"), np.float32)[-1] == 299_999
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory through Linux's /proc")
-def test_released_tensors_leave_the_process_and_come_back_when_touched(tmp_path):
-    values = np.random.default_rng(0).integers(0, 256, 32 << 20, dtype=np.uint8)
-    save_file({"w": torch.from_numpy(values)}, tmp_path / "x.safetensors")
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    checkpoint.release("w")
-    before = file_backed_memory()
-    buffer = checkpoint.buffer("w")
-    assert np.array_equal(np.frombuffer(buffer.as_bytes(), np.uint8), values)
-    assert file_backed_memory() - before > 30 << 20
-    checkpoint.release("w")
-    assert file_backed_memory() - before < 2 << 20
-    assert np.array_equal(np.frombuffer(buffer.as_bytes(), np.uint8), values)
-
-
-def file_backed_memory() -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
-
-
 def test_tied_tensors_of_save_model_become_aliases(tmp_path):
     model = torch.nn.Module()
     model.head, model.embedding = torch.nn.Linear(3, 3), None
