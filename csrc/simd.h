@@ -53,6 +53,9 @@ PF_INLINE vf add_where(vm m, vf s, vf a) { return (vf)_mm512_mask_add_ps((__m512
 PF_INLINE vf flip_where(vm m, vf a) {
   return (vf)_mm512_mask_xor_epi32((__m512i)a, m, (__m512i)a, _mm512_set1_epi32(INT32_MIN));
 }
+PF_INLINE vf with_sign_times(vf a, vf b) {  // a with its sign times that of b
+  return (vf)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, _mm512_set1_epi32(INT32_MIN), 0x78);
+}
 PF_INLINE vf mul_where(vm m, vf a, vf b) { return (vf)_mm512_maskz_mul_ps(m, (__m512)a, (__m512)b); }
 PF_INLINE vf divide_where(vm m, vf a, vf b) { return (vf)_mm512_mask_div_ps((__m512)a, m, (__m512)a, (__m512)b); }
 PF_INLINE vi max_i(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -80,6 +83,7 @@ PF_INLINE vi select(vm m, vi a, vi b) { return m ? a : b; }
 PF_INLINE vf only(vm m, vf a) { return (vf)((vi)a & m); }
 PF_INLINE vf add_where(vm m, vf s, vf a) { return m ? s + a : s; }
 PF_INLINE vf flip_where(vm m, vf a) { return (vf)((vi)a ^ (m & INT32_MIN)); }
+PF_INLINE vf with_sign_times(vf a, vf b) { return (vf)((vi)a ^ ((vi)b & INT32_MIN)); }
 PF_INLINE vf mul_where(vm m, vf a, vf b) { return (vf)((vi)(a * b) & m); }         // 0 elsewhere
 PF_INLINE vf divide_where(vm m, vf a, vf b) { return a / select(m, b, splat(1.0f)); }  // a elsewhere
 PF_INLINE vi max_i(vi a, vi b) { return a > b ? a : b; }

@@ -111,6 +111,30 @@ def test_the_base_stays_bit_for_bit_where_nothing_is_added(dtype, task, rule):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "weights", [(1.0,) * 3, (1.0, 1e-5, 1e-5), (0.51, 1.49), (2.0**-16, 1.0, 0.5, 8.0), (3e38, 1.0, 3e38)], ids=str
+)
+def test_a_zero_of_the_base_stays_where_the_mean_of_the_smallest_rounds_to_zero(dtype, weights):
+    """Deltas of the dtype's smallest steps in both signs: means are subnormal, or round to 0, of which either has a
+    sign that must not reach the base's."""
+    draw = np.random.default_rng(1)
+    size, unsigned = 4096 + 33, STORED[dtype].str.replace("f", "u")
+
+    def smallest(largest: int) -> np.ndarray:
+        sign = draw.integers(0, 2, size) << (STORED[dtype].itemsize * 8 - 1)
+        return (draw.integers(0, largest, size) | sign).astype(unsigned).view(STORED[dtype])
+
+    base = smallest(1)
+    tasks = [{"x": Stored(smallest(4), dtype), "weight": w, "keep": r.KEEP_TOP, "low_index": 2 * size} for w in weights]
+    outcome = same_records_on_every_backend(tasks, TIES, base=Stored(base, dtype), size=size, out_dtype=dtype)
+
+    contributions = [np.float32(task["weight"]) * widen(task["x"].array, dtype) for task in tasks]
+    nobody = (np.array(contributions) == 0.0).all(0)
+    assert nobody.any()
+    assert (outcome.out.view(unsigned)[nobody] == base.view(unsigned)[nobody]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_without_tasks_the_base_is_copied(dtype):
     base = store(np.array([1.5, -0.0, 0.0, -(2.0**-14)]), dtype)
     for rule in ({}, TIES):

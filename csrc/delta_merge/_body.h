@@ -122,11 +122,20 @@ PF_INLINE Elected elected(const Sums& s, const Rule& rule) {
 }
 
 // The mean of the contributions that have the elected sign, by their weights, all of which are positive; -0 where
-// there are none, NaN where the total is not finite. kZero: the sign that a zero total counts as.
+// there are none, NaN where the total is not finite. kZero: the sign that a zero total counts as. Where that is none, a
+// total that is not zero has a contribution of its own sign, so that nothing else is divided by zero.
 template <int kTasks, int kZero>
 PF_INLINE vf agreeing_mean(vf total, const vf* weighted, const vf* weights) {
-  const vm down = kZero < 0 ? no(gt(total, vf{})) : gt(vf{}, total);
   vf sum = -vf{}, divisor = vf{};
+  if (kZero == 0) {
+    for (int t = 0; t < kTasks; ++t) {
+      const vm agrees = gt((vi)with_sign_times(weighted[t], total), vi{});
+      sum = t ? add_where(agrees, sum, weighted[t]) : only(agrees, weighted[t]);
+      divisor = t ? add_where(agrees, divisor, weights[t]) : only(agrees, weights[t]);
+    }
+    return where_clear<true>(total, sum / divisor);
+  }
+  const vm down = kZero < 0 ? no(gt(total, vf{})) : gt(vf{}, total);
   vm anyone = none();
   for (int t = 0; t < kTasks; ++t) {
     const vm agrees = gt(flip_where(down, weighted[t]), vf{});
@@ -134,7 +143,7 @@ PF_INLINE vf agreeing_mean(vf total, const vf* weighted, const vf* weights) {
     divisor = add_where(agrees, divisor, weights[t]);
     anyone = either(anyone, agrees);
   }
-  return divide_where(anyone, where_clear<kZero == 0>(total, sum), divisor);
+  return divide_where(anyone, where_clear<false>(total, sum), divisor);
 }
 
 PF_INLINE vf divided(vf sum, vf divisor, const Rule& rule) {
@@ -266,7 +275,7 @@ struct Lanes {
 };
 
 // With an election two loops, each with a short chain of dependent instructions, so that the CPU overlaps many
-// elements: means of those that agree into scratch; then base and rounding. kZero: the sign that a zero sum counts as.
+// elements: merged values into scratch; then their rounding. kZero: the sign that a zero sum counts as.
 // Every input that is not finite, and every overflow, shows in what is written, so that alone is looked at: true when
 // all is finite. Otherwise the general loop goes over the chunk again and says what is not.
 template <int32_t kDtype, bool kTop, bool kElecting, int kZero, int kTasks>
@@ -275,6 +284,9 @@ bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, co
   using L = Lanes<kDtype>;
   constexpr int V = L::kVectors, kKnown = kTasks ? kTasks : 1;
   constexpr bool kOneGroup = kElecting && kTasks;  // the number known, only one group is summed, after its election
+  // A contribution that is not 0 is at least 2/3 of weight times delta, so that a mean is no less than half of the
+  // smallest number: the only zero is that of a total, written -0, which leaves any base as it is.
+  constexpr bool kNeverPlusZero = kOneGroup && kZero == 0;
   const int T = kTasks ? kTasks : piece.tasks, n = c.n;
   const void* const base_at = c.base;
   void* const out_at = c.out;
@@ -283,54 +295,51 @@ bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, co
   rule.zero_sign = kZero;
   rule.elect = kElecting ? kElectWeighted : kElectNone;
   rule.divide = kElecting ? kDivideAgreeingWeight : kDivideConstant;
-  const bool scaled = rule.scaling != 1.0f;
   vf weights[kKnown];
   vi belows[kKnown];
   const void* inputs[kKnown];
   for (int t = 0; t < kTasks; ++t)
     weights[t] = splat(tasks[t].weight), belows[t] = splat_i(c.views[t].below), inputs[t] = c.views[t].x;
-  float* const means = scratch.sign;
+  float* const merged = scratch.sign;
   typename L::Largest largest{};
-  const auto finish = [&](int i, const vf* base, const vf* means_of) __attribute__((always_inline)) {
-    vf y[V];
-    for (int v = 0; v < V; ++v) {
-      const vf mean = scaled ? means_of[v] * rule.scaling : means_of[v];
-      y[v] = add_where(no(eq(mean, vf{})), base[v], mean);
-    }
-    L::store_at(out_at, i, y, stream, largest);
-  };
-  for (int i = 0; i < n; i += V * W) {
-    vf base[V], weighted[V][kKnown], mean[V];
-    Sums s[V];
-    L::load_at(base_at, i, base, true);
-    for (int t = 0; t < T; ++t) {
-      const vf w = kTasks ? weights[t] : splat(tasks[t].weight);
-      const vi below = kTasks ? belows[t] : splat_i(c.views[t].below);
-      vf x[V];
-      L::load_at(kTasks ? inputs[t] : c.views[t].x, i, x, true);
+  const auto merge_all = [&](auto scaled) __attribute__((always_inline)) {
+    for (int i = 0; i < n; i += V * W) {
+      vf base[V], weighted[V][kKnown], y[V];
+      Sums s[V];
+      L::load_at(base_at, i, base, true);
+      for (int t = 0; t < T; ++t) {
+        const vf w = kTasks ? weights[t] : splat(tasks[t].weight);
+        const vi below = kTasks ? belows[t] : splat_i(c.views[t].below);
+        vf x[V];
+        L::load_at(kTasks ? inputs[t] : c.views[t].x, i, x, true);
+        for (int v = 0; v < V; ++v) {
+          const vf d = x[v] - base[v];
+          const vf wd = kTop ? mul_where(gt(abs_bits(d), below), d, w) : d * w;
+          if (!kOneGroup) accumulate<kElecting, false>(s[v], rule, d, w, wd);
+          else s[v].total = t ? s[v].total + wd : wd, weighted[v][t] = wd;
+        }
+      }
       for (int v = 0; v < V; ++v) {
-        const vf d = x[v] - base[v];
-        const vf wd = kTop ? mul_where(gt(abs_bits(d), below), d, w) : d * w;
-        if (!kOneGroup) accumulate<kElecting, false>(s[v], rule, d, w, wd);
-        else s[v].total = t ? s[v].total + wd : wd, weighted[v][t] = wd;
+        vf mean;
+        if (kOneGroup) {
+          mean = agreeing_mean<kKnown, kZero>(s[v].total, weighted[v], weights);
+        } else {
+          const Elected e = elected<kElecting>(s[v], rule);
+          mean = divided(kElecting ? where_clear<false>(s[v].total, e.sum) : e.sum, e.divisor, rule);
+        }
+        if (scaled) mean = mean * rule.scaling;
+        y[v] = kNeverPlusZero && !scaled ? base[v] + mean : add_where(no(eq(mean, vf{})), base[v], mean);
       }
+      for (int v = 0; v < V && kElecting; ++v) memcpy(merged + i + v * W, &y[v], sizeof y[v]);
+      if (!kElecting) L::store_at(out_at, i, y, stream, largest);
     }
-    for (int v = 0; v < V; ++v) {
-      if (kOneGroup) {
-        mean[v] = agreeing_mean<kKnown, kZero>(s[v].total, weighted[v], weights);
-      } else {
-        const Elected e = elected<kElecting>(s[v], rule);
-        mean[v] = divided(kElecting ? where_clear<false>(s[v].total, e.sum) : e.sum, e.divisor, rule);
-      }
-    }
-    for (int v = 0; v < V && kElecting; ++v) memcpy(means + i + v * W, &mean[v], sizeof mean[v]);
-    if (!kElecting) finish(i, base, mean);
-  }
+  };
+  if (rule.scaling != 1.0f) merge_all(std::true_type());
+  else merge_all(std::false_type());
   for (int i = 0; i < n && kElecting; i += V * W) {
-    vf base[V], mean[V];
-    L::load_at(base_at, i, base, false);
-    for (int v = 0; v < V; ++v) mean[v] = load_raw<vf>(means + i + v * W);
-    finish(i, base, mean);
+    vf y[V];
+    for (int v = 0; v < V; ++v) y[v] = load_raw<vf>(merged + i + v * W);
+    L::store_at(out_at, i, y, stream, largest);
   }
   return L::finite(largest);
 }
@@ -357,6 +366,8 @@ bool is_plain(const Piece& piece, const Task* tasks, const Rule& rule) {
   return true;
 }
 
+static constexpr float kLargest = 0x1.fffffep127f;
+
 template <int32_t kDtype, bool kTop, bool kElecting, int kZero>
 MergePlainChunk plain_loop(int tasks) {
   switch (tasks) {
@@ -369,8 +380,11 @@ MergePlainChunk plain_loop(int tasks) {
 
 template <int32_t kDtype, bool kTop>
 MergePlainChunk plain_loop(const Rule& rule, const Task* all, int tasks) {
-  for (int t = 0; t < tasks; ++t)
-    if (!(all[t].weight > 0.0f)) tasks = 0;  // weights that cancel divide by one
+  float sum = 0.0f;
+  for (int t = 0; t < tasks; ++t) {
+    sum += all[t].weight;
+    if (!(all[t].weight > 0.0f) || sum > kLargest) tasks = 0;  // weights that cancel divide by one; and no infinity
+  }
   if (rule.elect == kElectNone) return plain_loop<kDtype, kTop, false, 0>(tasks);
   if (rule.zero_sign > 0) return plain_loop<kDtype, kTop, true, 1>(tasks);
   return rule.zero_sign < 0 ? plain_loop<kDtype, kTop, true, -1>(tasks) : plain_loop<kDtype, kTop, true, 0>(tasks);
