@@ -43,6 +43,7 @@ PF_INLINE vm gt(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _C
 PF_INLINE vm eq(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
 PF_INLINE vm gt(vi a, vi b) { return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b); }
 PF_INLINE vm eq(vi a, vi b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+PF_INLINE vm at_most_where(vm m, vi a, vi b) { return _mm512_mask_cmple_epi32_mask(m, (__m512i)a, (__m512i)b); }
 PF_INLINE vm both(vm a, vm b) { return vm(a & b); }
 PF_INLINE vm either(vm a, vm b) { return vm(a | b); }
 PF_INLINE vm no(vm a) { return vm(~a); }
@@ -75,6 +76,7 @@ PF_INLINE vm gt(vf a, vf b) { return a > b; }
 PF_INLINE vm eq(vf a, vf b) { return a == b; }
 PF_INLINE vm gt(vi a, vi b) { return a > b; }
 PF_INLINE vm eq(vi a, vi b) { return a == b; }
+PF_INLINE vm at_most_where(vm m, vi a, vi b) { return m & (a <= b); }
 PF_INLINE vm both(vm a, vm b) { return a & b; }
 PF_INLINE vm either(vm a, vm b) { return a | b; }
 PF_INLINE vm no(vm a) { return ~a; }

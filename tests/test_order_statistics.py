@@ -129,12 +129,14 @@ def test_three_million_elements(dtype):
 
 
 def sampled_places(size: int) -> np.ndarray:
-    """Where csrc/order_statistics looks before its pass: runs of 32 scattered within equal strides."""
+    """Where csrc/order_statistics looks before its pass: runs of 32, a whole number of them from the start, scattered
+    within equal strides."""
     runs = min(max(size // 128, 4096), 1 << 19) // 32
     stride = size // runs
     j = np.arange(runs, dtype=np.uint64)
     scattered = ((j + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20)) % np.uint64(stride - 31)
-    return (j[:, None] * np.uint64(stride) + scattered[:, None] + np.arange(32, dtype=np.uint64)).reshape(-1)
+    starts = (j * np.uint64(stride) + scattered) // np.uint64(32) * np.uint64(32)
+    return (starts[:, None] + np.arange(32, dtype=np.uint64)).reshape(-1)
 
 
 @pytest.mark.skipif(not SOURCE.is_file(), reason="not in a checkout")
@@ -145,7 +147,7 @@ def test_the_sampled_places_are_still_those():
         "kRun = 32;",
         "std::clamp(task.size / 128, kSmallestSample, kLargestSample), runs = wanted / kRun;",
         "(uint64_t(j) + 1) * 0x9E3779B97F4A7C15u >> 20;",
-        "j * stride + int64_t(scattered % uint64_t(stride - kRun + 1))",
+        "(j * stride + int64_t(scattered % uint64_t(stride - kRun + 1))) / kRun * kRun;",
     ):
         assert line in SOURCE.read_text(), line
 
@@ -223,6 +225,27 @@ def test_tasks_of_one_tensor_and_of_others_in_one_call():
         with running_on(name):
             for threads in (1, 4):
                 assert kth_magnitudes(selections, threads=threads) == expected, name
+
+
+@pytest.mark.parametrize("size", [33, 4096 * 3 + 41, 40_009])
+def test_tasks_counted_side_by_side(size):
+    """bf16 tasks of one base share a loop, up to four brackets in it; other dtypes and bases interrupt them."""
+    bases = [store(normal(size, 90 + i), "BF16") for i in range(2)]
+    buffers = [buffer_of(base, "BF16") for base in bases]
+    layout = ["0", "00", "000", "00000", "0 1", "00f0", "1001", "f00"]  # tasks by base; f: the first, model in fp16
+    selections, expected = [], []
+    for group, tasks in enumerate(layout):
+        for task, kind in enumerate(tasks.replace(" ", "")):
+            dtype, which = ("F16", 0) if kind == "f" else ("BF16", int(kind))
+            base = widen(bases[which], "BF16")
+            x = store(base + normal(size, 10 * group + task) * 0.01, dtype)
+            bits = magnitude_bits(bases[which], x, "BF16", dtype)
+            counts = [1 + size * (task + 1) // 9, size // 2][: 1 + task % 2]
+            selections.append(Selection(buffers[which], buffer_of(x, dtype), counts, group=group))
+            expected.append([rank_reference(bits, k) for k in counts])
+    for name in BACKENDS:
+        with running_on(name):
+            assert kth_magnitudes(selections, threads=2) == expected, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

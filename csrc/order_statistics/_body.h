@@ -11,12 +11,14 @@ extern "C" void PETA_JOIN(peta_magnitude_block_, PETA_VARIANT)(const Delta& delt
 
 namespace {
 
-// Counts the lanes above the bracket and appends those within it, ends included, without a branch on the data: at a few
-// percent of all elements it would be mispredicted too often.
-PF_INLINE void count_vector(vi a, uint32_t real, const Bracket& bracket, uint32_t& above, uint32_t*& within) {
-  const uint32_t over = lanes(gt(a, splat_i(bracket.high))), from_low = lanes(gt(a, splat_i(int32_t(bracket.low) - 1)));
-  above += __builtin_popcount(over & real);
-  within += compress(within, a, from_low & ~over & real);
+constexpr int kAhead = 1024;  // elements of 2 bytes; half a page, where the hardware's own prefetching ends
+
+// Counts the lanes from the bracket's low end up and appends those within it, ends included, without a branch on the
+// data: at a few percent of all elements it would be mispredicted too often.
+PF_INLINE void count_vector(vi a, vi under_low, vi high, uint32_t& from_low, uint32_t*& within) {
+  const vm from = gt(a, under_low);
+  from_low += __builtin_popcount(lanes(from));
+  within += compress(within, a, lanes(at_most_where(from, a, high)));
 }
 
 // Takes the ends of the bracket out of the values within it and counts them; what is left stays, in place.
@@ -34,35 +36,75 @@ PF_INLINE void take_out_ends(uint32_t* values, int64_t n, const Bracket& bracket
   count.inside = uint32_t(kept - values);
 }
 
-}  // namespace
+PF_INLINE bool both_bf16(const Delta& d) {
+  return d.dtype == kBF16 && d.base_dtype == kBF16 && d.base_kind == kBaseTensor && !d.is_delta;
+}
 
-extern "C" void PETA_JOIN(peta_count_block_, PETA_VARIANT)(const Delta& given, int64_t begin, int n,
-                                                           const Bracket& given_bracket, BlockCount& result,
-                                                           uint32_t* inside) {
-  const Delta delta = given;
-  const Bracket bracket = given_bracket;
-  constexpr uint32_t kAll = (1u << W) - 1u;
-  const int whole = n / W * W;
-  BlockCount count{};
-  uint32_t* within = inside;
+// Elements [i, n) of the block, of any dtypes.
+PF_INLINE void count_rest(Counting& c, int64_t begin, int i, int n, vi under_low, vi high, uint32_t& from_low,
+                          uint32_t*& within) {
+  for (; i + W <= n; i += W)
+    count_vector(abs_bits(load_delta(*c.delta, begin + i)), under_low, high, from_low, within);
+  if (i < n) {
+    float rest[W];
+    stage_delta(*c.delta, begin + i, n - i, rest);
+    const vi a = abs_bits(load_raw<vf>(rest)), below_all = splat_i(-1);
+    count_vector(select(gt(splat_i(n - i), iota()), a, below_all), under_low, high, from_low, within);
+  }
+}
+
+// kTogether brackets of bf16 tensors that share their base, vector by vector, so that all of them are read side by side
+// and the base once; with one, any dtypes.
+template <int kTogether>
+void count_together(Counting* counting, int64_t begin, int n) {
+  vi under_low[kTogether], high[kTogether];
+  const uint16_t* x[kTogether];
+  uint32_t* within[kTogether];
+  uint32_t from_low[kTogether] = {};
+  for (int k = 0; k < kTogether; ++k) {
+    const Counting& c = counting[k];
+    under_low[k] = splat_i(int32_t(c.bracket.low) - 1), high[k] = splat_i(c.bracket.high);
+    x[k] = (const uint16_t*)c.delta->x + begin, within[k] = c.inside;
+  }
+  const uint16_t* const base = (const uint16_t*)counting->delta->base + begin;
   int i = 0;
-  if (delta.dtype == kBF16 && delta.base_dtype == kBF16 && delta.base_kind == kBaseTensor && !delta.is_delta) {
-    const uint16_t *x = (const uint16_t*)delta.x + begin, *base = (const uint16_t*)delta.base + begin;
-    for (; i + 2 * W <= whole; i += 2 * W) {  // even and odd elements: within a block their order does not matter
-      vf x_even, x_odd, base_even, base_odd;
-      prefetch_l2(x + i + kSelectBlock), prefetch_l2(base + i + kSelectBlock);  // other tasks' blocks are read in between
-      load_bf16_pair(x + i, x_even, x_odd);
+  if (kTogether > 1 || both_bf16(*counting->delta)) {
+    for (; i + 2 * W <= n; i += 2 * W) {  // even and odd elements: within a block their order does not matter
+      vf base_even, base_odd;
+      prefetch(base + i + kAhead);
       load_bf16_pair(base + i, base_even, base_odd);
-      count_vector(abs_bits(x_even - base_even), kAll, bracket, count.above, within);
-      count_vector(abs_bits(x_odd - base_odd), kAll, bracket, count.above, within);
+      for (int k = 0; k < kTogether; ++k) {
+        vf x_even, x_odd;
+        prefetch(x[k] + i + kAhead);
+        load_bf16_pair(x[k] + i, x_even, x_odd);
+        count_vector(abs_bits(x_even - base_even), under_low[k], high[k], from_low[k], within[k]);
+        count_vector(abs_bits(x_odd - base_odd), under_low[k], high[k], from_low[k], within[k]);
+      }
     }
   }
-  for (; i < whole; i += W) count_vector(abs_bits(load_delta(delta, begin + i)), kAll, bracket, count.above, within);
-  if (whole < n) {
-    float rest[W];
-    stage_delta(delta, begin + whole, n - whole, rest);
-    count_vector(abs_bits(load_raw<vf>(rest)), (1u << (n - whole)) - 1u, bracket, count.above, within);
+  for (int k = 0; k < kTogether; ++k) {
+    Counting& c = counting[k];
+    count_rest(c, begin, i, n, under_low[k], high[k], from_low[k], within[k]);
+    c.count = BlockCount{};
+    c.count.above = from_low[k] - uint32_t(within[k] - c.inside);
+    take_out_ends(c.inside, within[k] - c.inside, c.bracket, c.count);
   }
-  take_out_ends(inside, within - inside, bracket, count);
-  result = count;
+}
+
+}  // namespace
+
+extern "C" void PETA_JOIN(peta_count_block_, PETA_VARIANT)(Counting* counting, int num, int64_t begin, int n) {
+  for (int k = 0; k < num;) {
+    int together = 1;
+    if (both_bf16(*counting[k].delta))
+      while (together < 4 && k + together < num && both_bf16(*counting[k + together].delta) &&
+             counting[k + together].delta->base == counting[k].delta->base)
+        ++together;
+    Counting* first = counting + k;
+    if (together == 4) count_together<4>(first, begin, n);
+    else if (together == 3) count_together<3>(first, begin, n);
+    else if (together == 2) count_together<2>(first, begin, n);
+    else count_together<1>(first, begin, n);
+    k += together;
+  }
 }

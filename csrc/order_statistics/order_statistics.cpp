@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kGrain = 64 * kSelectBlock;  // elements a worker pulls at once
 constexpr int64_t kSmallestSample = 4096, kLargestSample = 1 << 19;  // between them, 1/128 of the elements
 constexpr int kRun = 32;                       // neighbours sampled together: one or two cache lines
+constexpr int64_t kRunsAhead = 16;             // whose memory is asked for before it is needed
 
 CountBlock count_block() {
 #if defined(PETA_X86_VARIANTS)
@@ -32,34 +33,46 @@ MagnitudeBlock magnitude_block() {
   return peta_magnitude_block_baseline;
 }
 
-// The count-th largest of values, 1 <= count <= size; reorders them.
-uint32_t kth_largest(std::vector<uint32_t>& values, int64_t count) {
-  if (values.size() > 4096) {  // a radix step: by the leading bits that differ, then only in the bin that matters
-    uint32_t all_or = 0, all_and = ~0u;
-    for (uint32_t v : values) all_or |= v, all_and &= v;
-    const uint32_t differ = all_or ^ all_and;
-    if (!differ) return values[0];
-    const int top = 32 - __builtin_clz(differ), shift = std::max(0, top - 11);
-    uint32_t bins[4][2048] = {};
-    const uint32_t mask = (1u << std::min(top, 11)) - 1u;
-    size_t i = 0;
-    for (; i + 4 <= values.size(); i += 4)
-      for (int j = 0; j < 4; ++j) ++bins[j][values[i + j] >> shift & mask];
-    for (; i < values.size(); ++i) ++bins[0][values[i] >> shift & mask];
-    uint32_t bin = mask;
-    int64_t seen = 0;
-    for (;; --bin) {
-      const int64_t here = int64_t(bins[0][bin]) + bins[1][bin] + bins[2][bin] + bins[3][bin];
-      if (seen + here >= count) break;
-      seen += here;
-    }
-    std::vector<uint32_t> rest;
-    for (uint32_t v : values)
-      if ((v >> shift & mask) == bin) rest.push_back(v);
-    return kth_largest(rest, count - seen);
+typedef std::pair<const uint32_t*, const uint32_t*> Span;
+
+// The count-th largest of all values in the parts, and how many are larger or equal to it. Radix steps: a histogram of
+// the values by their leading bits above the lowest possible, then the same within the bin that matters.
+struct Kth {
+  uint32_t value;
+  int64_t above, equal;
+};
+
+Kth kth_largest(const std::vector<Span>& parts, uint32_t low, uint32_t high, int64_t count) {
+  constexpr int kBits = 11, kBins = 1 << kBits;
+  const int shift = std::max(0, (high > low ? 32 - __builtin_clz(high - low) : 1) - kBits);
+  uint32_t bins[4][kBins] = {};  // neighbours are often equal: increments of one bin would wait for each other
+  int64_t size = 0;
+  for (const Span& part : parts) {
+    const uint32_t* v = part.first;
+    size += part.second - v;
+    for (; part.second - v >= 4; v += 4)
+      for (int j = 0; j < 4; ++j) ++bins[j][(v[j] - low) >> shift];
+    for (; v < part.second; ++v) ++bins[0][(*v - low) >> shift];
   }
-  std::nth_element(values.begin(), values.begin() + (count - 1), values.end(), std::greater<uint32_t>());
-  return values[count - 1];
+  int64_t above = 0, here = 0;
+  uint32_t bin = kBins;
+  while (above + here < count) {
+    above += here, --bin;
+    here = int64_t(bins[0][bin]) + bins[1][bin] + bins[2][bin] + bins[3][bin];
+  }
+  const uint32_t first = low + (bin << shift);
+  if (shift == 0) return {first, above, here};
+  std::vector<uint32_t> rest(here + 1);  // one more than needed: every value is written, and only those of the bin stay
+  uint32_t* end = rest.data();
+  for (const Span& part : parts)
+    for (const uint32_t* v = part.first; v < part.second; ++v) {
+      *end = *v;
+      end += (*v - low) >> shift == bin;
+    }
+  const uint32_t last = first + ((1u << shift) - 1u);
+  Kth found = kth_largest({{rest.data(), end}}, first, last, count - above);
+  found.above += above;
+  return found;
 }
 
 // Runs of neighbours at places that no stride of the data can match.
@@ -68,9 +81,17 @@ std::vector<uint32_t> sample(const SelectTask& task) {
   const MagnitudeBlock magnitudes = magnitude_block();
   std::vector<uint32_t> out(runs * kRun + 16);
   const int64_t stride = task.size / runs;
-  for (int64_t j = 0; j < runs; ++j) {
+  const auto place = [&](int64_t j) {
     const uint64_t scattered = (uint64_t(j) + 1) * 0x9E3779B97F4A7C15u >> 20;
-    magnitudes(task.delta, j * stride + int64_t(scattered % uint64_t(stride - kRun + 1)), kRun, &out[j * kRun]);
+    return (j * stride + int64_t(scattered % uint64_t(stride - kRun + 1))) / kRun * kRun;
+  };
+  const Delta& d = task.delta;
+  for (int64_t j = 0; j < runs; ++j) {
+    const int64_t next = place(std::min(j + kRunsAhead, runs - 1));
+    __builtin_prefetch((const uint8_t*)d.x + next * itemsize(d.dtype));
+    if (d.base_kind == kBaseTensor && !d.is_delta)
+      __builtin_prefetch((const uint8_t*)d.base + next * itemsize(d.base_dtype));
+    magnitudes(d, place(j), kRun, &out[j * kRun]);
   }
   out.resize(runs * kRun);
   return out;
@@ -81,10 +102,10 @@ Bracket bracket(const std::vector<uint32_t>& sampled, const SelectTask& task, in
   const double n = double(sampled.size()), q = double(count) / double(task.size);
   const double rank = q * n, slack = sigmas * std::sqrt(n * q * (1.0 - q)) + 2.0;
   const int64_t above = int64_t(std::floor(rank - slack)), below = int64_t(std::ceil(rank + slack));
-  std::vector<uint32_t> copy;
   Bracket b{0, kAbsMask};
-  if (above >= 1) copy = sampled, b.high = kth_largest(copy, above);
-  if (below <= int64_t(sampled.size())) copy = sampled, b.low = kth_largest(copy, below);
+  const std::vector<Span> all{{sampled.data(), sampled.data() + sampled.size()}};
+  if (above >= 1) b.high = kth_largest(all, 0, kAbsMask, above).value;
+  if (below <= int64_t(sampled.size())) b.low = kth_largest(all, 0, kAbsMask, below).value;
   return b;
 }
 
@@ -153,13 +174,10 @@ bool decide(const SelectTask& task, const Pass& pass, SelectQuery& q) {
       q.last_index = last_kept_of_end(task, pass, &BlockCount::equal_low, q.count - q.above, q.threshold);
     return true;
   }
-  std::vector<uint32_t> values;
-  values.reserve(inside);
-  for (const auto& part : pass.inside) values.insert(values.end(), part.begin(), part.end());
-  q.threshold = kth_largest(values, q.count - above - equal_high);
-  q.above = above + equal_high, q.equal = 0;
-  for (const auto& part : pass.inside)
-    for (uint32_t v : part) q.above += v > q.threshold, q.equal += v == q.threshold;
+  std::vector<Span> parts;
+  for (const auto& part : pass.inside) parts.emplace_back(part.data(), part.data() + part.size());
+  const Kth found = kth_largest(parts, pass.bracket.low, pass.bracket.high, q.count - above - equal_high);
+  q.threshold = found.value, q.above = above + equal_high + found.above, q.equal = found.equal;
   if (q.count - q.above < q.equal) q.last_index = last_kept_inside(task, pass, q.count - q.above, q.threshold);
   return true;
 }
@@ -198,27 +216,24 @@ void stream(const SelectTask* tasks, int64_t num_tasks, std::vector<Pass>& passe
   parallel_for(int64_t(grains.size()), threads, [&](int64_t index, int worker) {
     const Grain& g = grains[index];
     if (!scratch[worker]) scratch[worker].reset(new uint32_t[room * most]);
-    std::vector<uint32_t*> ends(most);
-    for (int64_t i = 0; i < most; ++i) ends[i] = scratch[worker].get() + i * room;
+    std::vector<Counting> counting;
+    std::vector<Pass*> counted;
+    for (int64_t t = g.first_task; t < g.first_task + g.tasks; ++t)
+      for (int q = 0; q < tasks[t].queries; ++q) {
+        Pass& pass = passes[tasks[t].first_query + q];
+        if (!pass.active) continue;
+        counting.push_back({&tasks[t].delta, pass.bracket, {}, scratch[worker].get() + int64_t(counted.size()) * room});
+        counted.push_back(&pass);
+      }
     for (int64_t at = g.begin; at < g.end; at += kSelectBlock) {
-      const int n = int(std::min<int64_t>(kSelectBlock, g.end - at));
-      int64_t slot = 0;
-      for (int64_t t = g.first_task; t < g.first_task + g.tasks; ++t) {
-        for (int q = 0; q < tasks[t].queries; ++q, ++slot) {
-          Pass& pass = passes[tasks[t].first_query + q];
-          if (!pass.active) continue;
-          BlockCount& block = pass.blocks[at / kSelectBlock];
-          count(tasks[t].delta, at, n, pass.bracket, block, ends[slot]);
-          ends[slot] += block.inside;
-        }
+      count(counting.data(), int(counting.size()), at, int(std::min<int64_t>(kSelectBlock, g.end - at)));
+      for (size_t i = 0; i < counting.size(); ++i) {
+        counted[i]->blocks[at / kSelectBlock] = counting[i].count;
+        counting[i].inside += counting[i].count.inside;
       }
     }
-    int64_t slot = 0;
-    for (int64_t t = g.first_task; t < g.first_task + g.tasks; ++t)
-      for (int q = 0; q < tasks[t].queries; ++q, ++slot) {
-        Pass& pass = passes[tasks[t].first_query + q];
-        if (pass.active) pass.inside[g.begin / kGrain].assign(scratch[worker].get() + slot * room, ends[slot]);
-      }
+    for (size_t i = 0; i < counting.size(); ++i)
+      counted[i]->inside[g.begin / kGrain].assign(scratch[worker].get() + int64_t(i) * room, counting[i].inside);
   });
 }
 

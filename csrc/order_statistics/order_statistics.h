@@ -36,16 +36,23 @@ struct BlockCount {
   uint32_t above, equal_high, inside, equal_low;
 };
 
-// Counts of the block [begin, begin + n), n <= kSelectBlock, and the values strictly inside the bracket, in any
-// order (room for n + 16).
-typedef void (*CountBlock)(const Delta&, int64_t begin, int n, const Bracket&, BlockCount&, uint32_t* inside);
+// One bracket of one task: what to count, and what was found in a block.
+struct Counting {
+  const Delta* delta;
+  Bracket bracket;
+  BlockCount count;
+  uint32_t* inside;  // gets the values strictly inside the bracket, in any order; room for n + 16
+};
+
+// Counts the block [begin, begin + n), n <= kSelectBlock, for all of them.
+typedef void (*CountBlock)(Counting*, int num, int64_t begin, int n);
 // out[i] = bits of |d|, room for n rounded up to 16.
 typedef void (*MagnitudeBlock)(const Delta&, int64_t begin, int n, uint32_t* out);
 
 extern "C" {
-void peta_count_block_baseline(const Delta&, int64_t, int, const Bracket&, BlockCount&, uint32_t*);
-void peta_count_block_avx2(const Delta&, int64_t, int, const Bracket&, BlockCount&, uint32_t*);
-void peta_count_block_avx512(const Delta&, int64_t, int, const Bracket&, BlockCount&, uint32_t*);
+void peta_count_block_baseline(Counting*, int, int64_t, int);
+void peta_count_block_avx2(Counting*, int, int64_t, int);
+void peta_count_block_avx512(Counting*, int, int64_t, int);
 void peta_magnitude_block_baseline(const Delta&, int64_t, int, uint32_t*);
 void peta_magnitude_block_avx2(const Delta&, int64_t, int, uint32_t*);
 void peta_magnitude_block_avx512(const Delta&, int64_t, int, uint32_t*);
