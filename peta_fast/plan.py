@@ -24,6 +24,7 @@ from peta_fast._tensor_plan import (
     mask_name,
     spec_of,
     tensor_info,
+    wants_model_gram,
 )
 from peta_fast.buffers import ITEMSIZE, MERGEABLE, SHORT_NAMES, is_floating
 from peta_fast.errors import CompatibilityError, RecipeError, ResourceError
@@ -314,7 +315,7 @@ class _Planner:
 
 def _require_one_trim(recipe: Recipe, tensors: list[TensorPlan]) -> None:
     """With trim scope "model", one threshold a task holds for all tensors. Raises RecipeError."""
-    if not any(t.costs.model_readings for t in tensors):
+    if not any(t.costs.model_readings for t in tensors) or wants_model_gram(recipe):
         return
     total = merged_size(tensors)
     found: dict[tuple, TensorPlan] = {}
