@@ -154,7 +154,10 @@ def test_on_disk_it_is_the_merge_in_memory_with_one_reading_more(tmp_path):
     settings = {"method": "awd", "weight": [0.6, 0.5, 0.4], "lambda": 1.2}
     recipe = {
         "method": "awd", "base_model": str(tmp_path / "base"), "parameters": {"lambda": 1.2},
-        "models": [{"model": str(tmp_path / n), "parameters": {"weight": w}} for n, w in zip("abc", (0.6, 0.5, 0.4), strict=True)],
+        "models": [
+            {"model": str(tmp_path / n), "parameters": {"weight": w}}
+            for n, w in zip("abc", (0.6, 0.5, 0.4), strict=True)
+        ],
     }  # fmt: skip
     plan = make_plan(load_recipe(recipe))
     assert plan.bytes_read == 2 * 4 * sum(t.nbytes for t in base.values())
