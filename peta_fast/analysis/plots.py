@@ -27,9 +27,10 @@ def heatmap(figure, values: np.ndarray, names: Sequence[str], *, low: float, hig
     if len(names) <= FEW:
         for row in places:
             for column in places:
-                dark = (values[row, column] - low) / (high - low) > 0.6
-                axes.text(column, row, f"{round(float(values[row, column]), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8.5,
-                          color="white" if dark else INK)  # fmt: skip
+                value = float(values[row, column])
+                colour = "white" if (value - low) / (high - low) > 0.6 else INK
+                text = f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+                axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
     _bar(figure, image, axes)
 
 

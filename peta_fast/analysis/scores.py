@@ -133,8 +133,8 @@ class ScoreCurves:
                 "score_curves",
                 "Normalized score against the number of tasks merged",
                 "Score of the merge over that of each task's own fine-tune, mean over all tasks; lines and bands are "
-                f"mean and deviation over the subsets. Each subset has the coefficients that are best for it here. The base "
-                f"has {self.floor:.3f}.",
+                f"mean and deviation over the subsets. Each subset has the coefficients that are best for it here. The "
+                f"base has {self.floor:.3f}.",
                 ("method", "tasks merged", "mean normalized score", "standard deviation"),
                 rows,
                 lambda figure: plots.curves(

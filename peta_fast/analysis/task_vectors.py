@@ -115,7 +115,7 @@ class TaskVectors:
 
     @cached_property
     def layers(self) -> dict[str, Sums]:
-        """Layer -> Sums, from the input to the output. Tensors outside of layers stand by their module: "embed_tokens"."""
+        """Layer -> Sums, from the input to the output. Tensors outside of layers stand by their module's name."""
         found: dict[str, Sums] = {}
         for name, sums in sorted(self.tensors.items(), key=lambda item: depth(item[0])):
             label = layer_label(name)

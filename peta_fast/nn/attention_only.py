@@ -28,6 +28,9 @@ _INPUT = re.compile(
     r"(to_|w|W|c_)?(q|k|v|qk|kv|qkv)(_?(proj|lin|linear|a_proj|b_proj|a_proj_with_mqa|bias_proj|global))?"
     r"|(query|key|value)(_?(proj|layer|global))?|query_key_value|(to_|W|w)?qkv|c_attn|in_proj|Wqkv"
 )
+_LETTER = re.compile(r"(?:to_|w|W)?(q|k|v|query|key|value)(?:_?(?:proj|lin|linear))?")
+_JOINS = re.compile(r"(to_)?o(ut)?_?(proj|lin)|to_out|[wW]o")
+"""Names of output projections that mean nothing else, even outside of a module called attention."""
 _OUTPUT = re.compile(r"(to_)?o(ut)?(_?(proj|lin|linear))?|proj|c_proj|dense|[wW]o|out_linear")
 
 
@@ -74,7 +77,10 @@ def is_projection(name: str, module: nn.Module, model: nn.Module) -> bool:
     if not is_linear(module):
         return False
     *parents, last = name.split(".")
-    if parents and isinstance(model.get_submodule(".".join(parents)), nn.MultiheadAttention):
+    parent = model.get_submodule(".".join(parents))
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    if _holds_qkv(parent) and (_INPUT.fullmatch(last) or _JOINS.fullmatch(last)):
         return True
     block = max((i for i, part in enumerate(parents) if _BLOCK.search(part)), default=None)
     if block is None or not all(_BETWEEN.fullmatch(part) for part in parents[block + 1 :]):
@@ -82,6 +88,13 @@ def is_projection(name: str, module: nn.Module, model: nn.Module) -> bool:
     if last.isdigit() and parents[-1] == "to_out":  # diffusers: to_out is a list
         return True
     return bool(_INPUT.fullmatch(last) or _OUTPUT.fullmatch(last))
+
+
+def _holds_qkv(parent: nn.Module) -> bool:
+    """Whether a module has layers for q, k and v side by side, whatever its own name is."""
+    letters = {match[1][0] for name, child in parent.named_children() if is_linear(child)
+               if (match := _LETTER.fullmatch(name))}  # fmt: skip
+    return letters == {"q", "k", "v"}
 
 
 def is_linear(module: nn.Module) -> bool:
