@@ -83,10 +83,12 @@ def is_projection(name: str, module: nn.Module, model: nn.Module) -> bool:
     if _holds_qkv(parent) and (_INPUT.fullmatch(last) or _JOINS.fullmatch(last)):
         return True
     block = max((i for i, part in enumerate(parents) if _BLOCK.search(part)), default=None)
-    if block is None or not all(_BETWEEN.fullmatch(part) for part in parents[block + 1 :]):
-        return last == "to_out" and block is not None
-    if last.isdigit() and parents[-1] == "to_out":  # diffusers: to_out is a list
+    if block is None:
+        return False
+    if last.isdigit() and parents[-1] == "to_out":  # diffusers: the layer stands in a list with its dropout
         return True
+    if not all(_BETWEEN.fullmatch(part) for part in parents[block + 1 :]):
+        return False
     return bool(_INPUT.fullmatch(last) or _OUTPUT.fullmatch(last))
 
 
