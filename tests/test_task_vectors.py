@@ -36,7 +36,7 @@ def assert_sums(found, base, models, names):
     np.testing.assert_allclose(found.relative, norms / own, rtol=1e-12)
 
 
-@pytest.mark.parametrize("tile", [1 << 20, 4096], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("tile", [1 << 23, 4096], ids=["one tile", "several tiles"])
 @pytest.mark.parametrize("make", [family, coarse_family])
 def test_sums_are_those_of_plain_fp64(monkeypatch, make, tile):
     monkeypatch.setattr(task_vectors, "TILE", tile)
