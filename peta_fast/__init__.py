@@ -12,15 +12,21 @@ _PUBLIC = {
     "open_checkpoint": "peta_fast.formats",
     "LinearizedLoRALinear": "peta_fast.nn",
     "LinearizedModel": "peta_fast.nn",
+    "TangentModel": "peta_fast.nn",
+    "TrainedTensors": "peta_fast.formats.trained_only",
     "add_adapters": "peta_fast.nn",
+    "attention_only": "peta_fast.nn",
     "delinearize": "peta_fast.nn",
     "disable_adapter": "peta_fast.nn",
     "linearize": "peta_fast.nn",
     "load_adapter": "peta_fast.nn",
+    "load_trained": "peta_fast.nn",
     "register": "peta_fast.nn",
     "save_adapter": "peta_fast.nn",
+    "save_trained": "peta_fast.nn",
     "set_adapter": "peta_fast.nn",
     "task_vector": "peta_fast.nn",
+    "trained_tensors": "peta_fast.nn",
     "PetaFastError": "peta_fast.errors",
     "RecipeError": "peta_fast.errors",
     "CheckpointError": "peta_fast.errors",
@@ -34,6 +40,8 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
+    if name == "analysis":
+        return importlib.import_module("peta_fast.analysis")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'peta_fast' has no attribute {name!r}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peta_fast.buffers import Buffer
+from peta_fast.formats.trained_only import holds_trained_only
 from peta_fast.recipe import ModelRef, ModuleSpec, Recipe, SliceSpec, SourceSpec
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
@@ -36,7 +37,7 @@ class Source(Protocol):
 class Assignment:
     """One output tensor and where it comes from.
 
-    base, models  (model, name of the tensor there)
+    base, models  (model, name of the tensor there); no models where none of them has trained it
     position      of its layer in gradients, None outside layers
     """
 
@@ -146,8 +147,11 @@ class _Part:
         if not names:
             self.faults.append(f"module {self.module.name!r}: no tensor's name begins with {self.prefix!r}")
         missing: set[str] = set()
+        frozen: dict[ModelRef, set[str]] = {}
         for model in dict.fromkeys(m for m in models if m != donor):
             lacking = [n for n in names if n not in self.known[model]]
+            if base and holds_trained_only(self.sources[model]):
+                frozen[model], lacking = set(lacking), []
             self._compare_names(model, donor, lacking)
             missing.update(lacking)
         layers = [layer_of(name) for name in names]
@@ -156,7 +160,9 @@ class _Part:
             if name not in missing:
                 position = None if layer is None else _position(layer[1], counts[layer[0]])
                 mine = (base, name) if base else None
-                yield self.assigned(name, mine, tuple((m, name) for m in models), piece, position)
+                here = tuple((base if name in frozen.get(m, ()) else m, name) for m in models)
+                moved = here if any(place != mine for place in here) else ()
+                yield self.assigned(name, mine, moved, piece, position)
 
     def _compare_names(self, model: ModelRef, donor: ModelRef, lacking: list[str]) -> None:
         if lacking:

@@ -17,6 +17,7 @@ from peta_fast._tensor_plan import (
     spec_of,
     tensor_info,
     wants_gram,
+    wants_model_gram,
 )
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer
 from peta_fast.errors import CheckpointError
@@ -75,14 +76,21 @@ class Engine:
         self.total = merged_size(tensors)
         self.model_ranks: list[list[Rank]] | None = None
         self.majority = 0
+        self.gram: np.ndarray | None = None
         self.ready: dict[str, Prepared | Buffer] = {}
 
     def find_model_statistics(self, tell: Callable[[TensorPlan], None] = lambda tensor: None) -> None:
-        """Thresholds and majority sign over the whole model, where the method wants them. tell: after each reading."""
+        """Thresholds, majority sign or inner products over the whole model, where the method wants them.
+
+        tell  is called after each reading
+        """
         wanting = [t for t in self.tensors if t.size and t.costs.model_readings]
         if not wanting:
             return
         merged = [t for t in self.tensors if t.action == "merge" and t.size]
+        if wants_model_gram(self.recipe):
+            self._find_gram(merged, tell)
+            return
         specs = [spec_of(self.recipe, t, self.total) for t in merged]
         if specs[0].needs_model_thresholds:
             self._find_thresholds(merged, specs[0], tell)
@@ -92,6 +100,18 @@ class Engine:
                 total += sign_total(self._prepare([(tensor, spec)]), threads=self.threads)
                 tell(tensor)
             self.majority = (total > 0) - (total < 0)
+
+    def _find_gram(self, merged: list[TensorPlan], tell) -> None:
+        """Raises CheckpointError for NaN and inf, even where they are allowed: no angle is left among such vectors."""
+        self.gram = np.zeros((len(merged[0].models),) * 2)
+        for tensor in merged:
+            inputs = self.inputs(tensor)
+            found = task_statistics(inputs.base, inputs.models, threads=self.threads)
+            if found.nonfinite.any():
+                _refuse_nonfinite(inputs, self.threads)
+                raise CheckpointError(tensor.name, "differences between models are not finite in fp32", HINT)
+            self.gram += found.gram
+            tell(tensor)
 
     def _find_thresholds(self, merged: list[TensorPlan], spec: DeltaMerge, tell) -> None:
         counts = [ranks_wanted(term.keep) for term in spec.terms]
@@ -131,7 +151,7 @@ class Engine:
             count = len(tensor.models)
             return DeltaMerge(tuple(Term() for _ in range(count)), base="zero", divide=float(count))
         if not wants_gram(self.recipe):
-            return spec_of(self.recipe, tensor, self.total)
+            return spec_of(self.recipe, tensor, self.total, self.gram)
         models = [self._buffer(m) for m in tensor.models]
         gram = task_statistics(None, models, base_kind=BASE_ZERO, threads=self.threads).gram
         return spec_of(self.recipe, tensor, self.total, gram)

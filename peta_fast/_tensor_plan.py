@@ -139,6 +139,10 @@ def wants_gram(recipe: Recipe) -> bool:
     return "gram" in getattr(methods.get(recipe.method), "STATISTICS", ())
 
 
+def wants_model_gram(recipe: Recipe) -> bool:
+    return "model-gram" in getattr(methods.get(recipe.method), "STATISTICS", ())
+
+
 def is_whole_tensor(recipe: Recipe) -> bool:
     """Whether the method is plain PyTorch over whole tensors."""
     return not hasattr(methods.get(recipe.method), "lower")
@@ -157,6 +161,8 @@ def costs_of(recipe: Recipe, params, models: int) -> Costs:
     module = methods.get(recipe.method)
     if not hasattr(module, "lower"):
         return Costs(whole=True)
+    if wants_model_gram(recipe):
+        return Costs(model_readings=1)
     if getattr(module, "STATISTICS", ()):
         return Costs(readings=2)
     size = math.prod(REPRESENTATIVE)

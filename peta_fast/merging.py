@@ -16,6 +16,7 @@ from peta_fast._tensor_plan import TensorPlan
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, SHORT_NAMES, Buffer
 from peta_fast.errors import CompatibilityError, RecipeError
 from peta_fast.formats import open_checkpoint
+from peta_fast.formats.trained_only import METADATA, TrainedTensors
 from peta_fast.ops import backend
 from peta_fast.plan import make_plan, plan_tensors
 from peta_fast.recipe import ModelRef, Recipe, load_recipe
@@ -54,6 +55,7 @@ def merge(
     resume: bool = False,
     force: bool = False,
     allow_nonfinite: bool = False,
+    trained_only: bool = False,
     progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
 ) -> Report:
@@ -67,6 +69,7 @@ def merge(
     parameters  then, the method's keys - one value, or for keys that each model sets, a list with one a model - and
                 the recipe's: seed, dtype, out_dtype, trim_scope, tokenizer_source, chat_template, name
     compat      whose semantics apply; see peta_fast.recipe.load_recipe. Native with keywords
+    trained_only   leave out what is frozen in every model; for models that save_trained has written
 
     Raises RecipeError, CheckpointError, CompatibilityError or ResourceError; nothing appears in `out` then.
     """
@@ -83,6 +86,7 @@ def merge(
         max_memory=parse_bytes(max_memory, "max_memory"),
         max_shard_size=parse_bytes(max_shard_size, "max_shard_size"),
         threads=threads,
+        trained_only=trained_only,
     )
     return run(
         plan,
@@ -112,7 +116,8 @@ def merge_state_dicts(
     """Merges state dicts in memory.
 
     base        name -> tensor, torch or numpy; None for methods that take no base
-    models      T such dicts with the same names and shapes; tensors may be strided
+    models      T such dicts with the same names and shapes; tensors may be strided. What a TrainedTensors dict lacks
+                is the base's
     dtype       of the result, a name or a torch dtype; the base's, tensor by tensor, when not given
     out         name -> contiguous tensor that takes the result in place, such as a live model's state_dict()
     parameters  the method's keys: one number, or for keys that each model sets, one a model.
@@ -195,6 +200,7 @@ class MemorySource:
 
     def __init__(self, label: str, state: Mapping[str, Any]):
         self.label, self.state = label, state
+        self.metadata = METADATA if isinstance(state, TrainedTensors) else {}
         self.tensors: dict[str, MemoryTensor] = {}
         self.aliases: dict[str, str] = {}
         first: dict[Any, str] = {}

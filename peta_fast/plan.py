@@ -24,11 +24,13 @@ from peta_fast._tensor_plan import (
     mask_name,
     spec_of,
     tensor_info,
+    wants_model_gram,
 )
 from peta_fast.buffers import ITEMSIZE, MERGEABLE, SHORT_NAMES, is_floating
 from peta_fast.errors import CompatibilityError, RecipeError, ResourceError
 from peta_fast.formats import ShardLayout, layout_shards, open_checkpoint
 from peta_fast.formats.hub import locate
+from peta_fast.formats.trained_only import METADATA, holds_trained_only
 from peta_fast.recipe import ModelRef, Recipe
 
 SLAB = 16 << 20
@@ -108,14 +110,32 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, max_memory: int = 768 << 20, max_shard_size: int = 5 << 30, threads: int = 0) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    max_memory: int = 768 << 20,
+    max_shard_size: int = 5 << 30,
+    threads: int = 0,
+    trained_only: bool = False,
+) -> Plan:
     """Opens every model of the recipe and decides what happens to every tensor.
+
+    trained_only  what is frozen in every model is left out, and the output says so; see formats.trained_only
 
     Raises RecipeError for values that the method refuses, CheckpointError for files that cannot be read,
     CompatibilityError with all tensors that do not fit, ResourceError when max_memory is too small.
     """
     with _nothing_collected():
-        return _make_plan(recipe, max_memory, max_shard_size)
+        return _make_plan(recipe, max_memory, max_shard_size, trained_only)
+
+
+def _trained(recipe: Recipe, sources, tensors: list[TensorPlan]) -> list[TensorPlan]:
+    """Without what no model has trained. Raises RecipeError for models that hold more than what was trained."""
+    whole = [ref for ref in recipe.references()[1:] if not holds_trained_only(sources[ref])]
+    if recipe.base is None or whole:
+        got = f"{whole[0]}, which holds all tensors" if whole else f"{recipe.method}, which takes no base"
+        raise RecipeError("trained_only", f"expected checkpoints of trained tensors alone, got {got}", "Leave it out.")
+    return [t for t in tensors if t.action in ("merge", "average") and t.reason != FROZEN]
 
 
 @contextlib.contextmanager
@@ -130,16 +150,19 @@ def _nothing_collected():
             gc.enable()
 
 
-def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int) -> Plan:
+def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_only: bool) -> Plan:
     _refuse_named_template(recipe)
     tokenizer = _tokenizer(recipe)
     sources = {ref: _open(ref) for ref in recipe.references()}
     masks = _open_masks(recipe)
     tensors = plan_tensors(recipe, sources, masks)
+    if trained_only:
+        tensors = _trained(recipe, sources, tensors)
     ties = kept_ties(recipe, sources)
     aliases = {t.name: ties[t.name] for t in tensors if t.action == "alias"}
+    kind = METADATA if trained_only else {}
     stored = [(t.name, t.dtype, t.shape) for t in tensors if t.action != "alias"]
-    layouts = tuple(layout_shards(stored, max_shard_size=max_shard_size, metadata=aliases))
+    layouts = tuple(layout_shards(stored, max_shard_size=max_shard_size, metadata=aliases | kind))
     slab, peak = _memory(tensors, max_memory)
     return Plan(
         recipe,
@@ -202,6 +225,7 @@ def plan_tensors(recipe: Recipe, sources: Mapping[ModelRef, Source], masks: Sour
 
 
 UNTIED = "stored apart in"
+FROZEN = "frozen: trained in no model"
 
 
 class _Planner:
@@ -226,6 +250,8 @@ class _Planner:
         dtype = self.out_dtype or first.dtype
         if not is_floating(first.dtype):
             return self._copy(a, first, places, "not floating point")
+        if not a.models:
+            return self._frozen(a, first, dtype)
         if len(places) == 1 and first.dtype not in MERGEABLE:
             return self._copy(a, first, places, "taken as it is")
         if a.base and a.name.endswith((".running_mean", ".running_var")):
@@ -241,6 +267,13 @@ class _Planner:
     def _copy(self, a: Assignment, info, places, why: str) -> TensorPlan:
         read = math.prod(info.shape) * ITEMSIZE[info.dtype]
         return TensorPlan(a.name, "copy", info.dtype, info.shape, None, places[:1], reason=why, input_bytes=read)
+
+    def _frozen(self, a: Assignment, info, dtype: str) -> TensorPlan:
+        """What no model has trained: the base's own, in the output's dtype."""
+        if dtype == info.dtype or info.dtype not in MERGEABLE:
+            return self._copy(a, info, (a.base,), FROZEN)
+        read = math.prod(info.shape) * ITEMSIZE[info.dtype]
+        return TensorPlan(a.name, "average", dtype, info.shape, None, (a.base,), reason=FROZEN, input_bytes=read)
 
     def _compare(self, places, infos) -> None:
         """All tensors that are merged into one must have its shape, and dtypes that can be merged."""
@@ -314,7 +347,7 @@ class _Planner:
 
 def _require_one_trim(recipe: Recipe, tensors: list[TensorPlan]) -> None:
     """With trim scope "model", one threshold a task holds for all tensors. Raises RecipeError."""
-    if not any(t.costs.model_readings for t in tensors):
+    if not any(t.costs.model_readings for t in tensors) or wants_model_gram(recipe):
         return
     total = merged_size(tensors)
     found: dict[tuple, TensorPlan] = {}

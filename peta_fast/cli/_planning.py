@@ -24,6 +24,7 @@ def planned(
     max_shard_size: str,
     threads: int,
     cache: str | None = None,
+    trained_only: bool = False,
 ) -> Plan:
     """The plan of a recipe's file; its warnings are printed. cache: where downloaded models lie.
 
@@ -36,6 +37,7 @@ def planned(
         max_memory=parse_bytes(max_memory, "--max-memory"),
         max_shard_size=shard_bytes(max_shard_size),
         threads=threads,
+        trained_only=trained_only,
     )
     for warning in plan.warnings:
         warn(warning)

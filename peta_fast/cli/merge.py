@@ -26,6 +26,7 @@ def merge(
     seed: Seed = None,
     device: Annotated[str, Option("--device", help="cpu; others are not available yet.")] = "cpu",
     allow_nonfinite: Annotated[bool, Option("--allow-nonfinite", help="NaN and infinities are no fault.")] = False,
+    trained_only: Annotated[bool, Option("--trained-only", help="Leave out what no model has trained.")] = False,
     quiet: Annotated[bool, Option("--quiet/--no-quiet", "-q", help="No progress on stderr.")] = False,
     as_json: AsJson = False,
     limit: Limit = ROWS,
@@ -39,7 +40,7 @@ def merge(
     refuse_gpu(device, gpu)
     from peta_fast.cli._planning import planned
 
-    plan = planned(recipe, compat, seed, max_memory, max_shard_size, threads, transformers_cache)
+    plan = planned(recipe, compat, seed, max_memory, max_shard_size, threads, transformers_cache, trained_only)
     if dry_run:
         from peta_fast.cli._plan_text import print_plan
 

@@ -16,7 +16,8 @@ and one of
     NEEDS_BASE  False: merges the models as they are, the base among them if listed (default True)
     MODELS      how many models it takes (default any number)
     MASKED      True: its `mask` key names a file of masks, handed to the kernel (default False)
-    STATISTICS  ("gram",): inner products of the inputs, handed over in TensorSpec (default none)
+    STATISTICS  ("gram",): inner products of the inputs, handed over in TensorSpec (default none); ("model-gram",):
+                those of the task vectors, over all merged tensors
     SCOPE       {compat: "model"}: the trim scope that a compat name implies (default none)
     check(params, compat) -> list of complaints about combinations of keys
 """
@@ -75,7 +76,7 @@ class TensorSpec:
     compat  whose semantics apply
     scope   the trim scope: "tensor", "row-block" (each index of the first of three dimensions) or "model"
     trim_size  elements of one trim scope
-    gram    [T, T] fp64 inner products of the inputs, when the method asks for them by STATISTICS = ("gram",)
+    gram    [T, T] fp64 inner products, when the method asks for them by STATISTICS
     """
 
     name: str

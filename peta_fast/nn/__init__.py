@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from peta_fast.nn.attention_only import attention_only, fused_qkv, separate_qkv
 from peta_fast.nn.combine import add_adapters, task_vector
 from peta_fast.nn.linear import LinearizedLoRALinear
 from peta_fast.nn.model import delinearize, disable_adapter, linearize, set_adapter
 from peta_fast.nn.saving import load_adapter, save_adapter
+from peta_fast.nn.tangent import TangentModel
+from peta_fast.nn.trained import load_trained, save_trained, trained_tensors
 from peta_fast.nn.whole_model import LinearizedModel
 
 
@@ -17,6 +20,7 @@ def register(config):
 
 
 __all__ = [
-    "LinearizedLoRALinear", "LinearizedModel", "add_adapters", "delinearize", "disable_adapter", "linearize",
-    "load_adapter", "register", "save_adapter", "set_adapter", "task_vector",
+    "LinearizedLoRALinear", "LinearizedModel", "TangentModel", "add_adapters", "attention_only", "delinearize",
+    "disable_adapter", "fused_qkv", "linearize", "load_adapter", "load_trained", "register", "save_adapter",
+    "save_trained", "separate_qkv", "set_adapter", "task_vector", "trained_tensors",
 ]  # fmt: skip
