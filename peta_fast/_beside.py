@@ -100,10 +100,13 @@ class Beside:
                 faults.append(f"{file}: {key!r} is {got}, expected F32 {list(wanted)} for a tensor of {list(shape)}")
         return faults
 
+    def metadata(self, file: str) -> Mapping[str, str]:
+        return getattr(self.source(file), "metadata", {})
+
     def transposed(self, file: str) -> frozenset[str]:
         """The modules of a file whose weights are stored [in, out]."""
         if file not in self.layouts:
-            text = getattr(self.source(file), "metadata", {}).get("transposed", "[]")
+            text = self.metadata(file).get("transposed", "[]")
             try:
                 self.layouts[file] = frozenset(json.loads(text))
             except (ValueError, TypeError):
@@ -112,7 +115,7 @@ class Beside:
 
     def fisher_norm(self, file: str) -> float:
         """Of all diagonal Fishers of a file together; 0 where it does not say."""
-        text = getattr(self.source(file), "metadata", {}).get("fisher_norm", "0")
+        text = self.metadata(file).get("fisher_norm", "0")
         try:
             return float(text)
         except ValueError:

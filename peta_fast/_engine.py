@@ -214,7 +214,12 @@ class Engine:
         if "fisher" in found:
             found["fisher"] = found["fisher"].reshape(tensor.shape)
         module, norm = key.rpartition(".")[0], self.beside.fisher_norm(file)
-        return TensorStatistics(**found, transposed=module in self.beside.transposed(file), fisher_norm=norm)
+        return TensorStatistics(
+            **found,
+            transposed=module in self.beside.transposed(file),
+            fisher_norm=norm,
+            collected=self.beside.metadata(file).get("collected", ""),
+        )
 
     def _read_beside(self, file: str, name: str):
         """A flat torch tensor over the bytes as they lie, not to be written to."""

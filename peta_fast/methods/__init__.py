@@ -118,6 +118,7 @@ class TensorStatistics:
     fisher_gram  [n (n + 1) / 2]     mean of its outer product with itself, n elements
     transposed   whether the layer stores its weight [in, out]
     fisher_norm  of all `fisher` of the model together, 0 where the file does not say it
+    collected    how, where it was not from the model as it is
     """
 
     input_gram: Any = None
@@ -126,6 +127,7 @@ class TensorStatistics:
     fisher_gram: Any = None
     transposed: bool = False
     fisher_norm: float = 0.0
+    collected: str = ""
 
 
 KINDS = ("input_gram", "output_gram", "fisher", "fisher_gram")

@@ -7,7 +7,7 @@ Both begin from a value X0 and leave alone what the system does not determine: X
 
 Cholesky, in fp64, with A scaled to a unit diagonal. Rows of zeros (inputs that are never seen) are left out and keep
 X0. A pivot below 1e-6 is taken for noise, since a Gram matrix of fp32 holds no more: then a ridge r is added to the
-scaled diagonal, pulling towards X0 - (A + r D) X = B + r D X0 - with r = 1e-6, then 1e-5, ... up to 1e-2.
+scaled diagonal, pulling towards X0 - (A + r D) X = B + r D X0 - with r = 1e-5, then 1e-4, ... up to 1e-2.
 
 Cost: n^3 / 3 + 2 m n^2 flops; one application of A and 5 passes over X an iteration.
 Source: Hestenes and Stiefel, 1952.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_PIVOT = 1e-6
+SMALLEST_RIDGE = 1e-5
 LARGEST_RIDGE = 1e-2
 REFRESH = 50
 """Iterations after which the residual is computed anew instead of carried on."""
@@ -101,7 +102,7 @@ def _factor(scaled: Tensor) -> tuple[Tensor, float]:
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed and factor.diagonal().square().min() >= max(SMALLEST_PIVOT, 0.5 * ridge):
             return factor, ridge
-        ridge = max(10 * ridge, SMALLEST_PIVOT)
+        ridge = max(10 * ridge, SMALLEST_RIDGE)
     raise ValueError(f"expected a positive semi-definite matrix; it is not one with {LARGEST_RIDGE} on its diagonal")
 
 
