@@ -264,7 +264,7 @@ class _Planner:
             return BesidePlaces(), 0
         places = self.beside.places(self.method, params, a.name, a.models, info.shape, self.misfits)
         for file, (ref, _) in zip(params.statistics, a.models, strict=True):
-            if file is not None:
+            if () not in self.method.needs(params):
                 self.described.setdefault(file, set()).update(self.sources[ref].tensors, self.sources[ref].aliases)
         return places, self.method.memory(params, info.shape, len(a.models))
 
