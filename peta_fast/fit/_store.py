@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from peta_fast.errors import CheckpointError, ResourceError
-from peta_fast.formats.disk import PARTIAL, make_directory, publish, resource_error
+from peta_fast.errors import CheckpointError, RecipeError, ResourceError
+from peta_fast.fit._batches import bytes_of
+from peta_fast.formats import ShardWriter, layout_shards
+from peta_fast.formats.disk import make_directory
 
+SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"
 
 
@@ -25,9 +28,13 @@ class Store:
 
     path   where the statistics go
     mark   of all that they depend on but the data
+
+    Raises RecipeError for another suffix than .safetensors.
     """
 
     def __init__(self, path: Path, mark: str):
+        if path.suffix != SUFFIX:
+            raise RecipeError("out", f"expected a name that ends in {SUFFIX}, got {path.name!r}")
         self.path, self.mark = path, mark
         self.unfinished = path.with_name(path.name + UNFINISHED)
 
@@ -68,16 +75,19 @@ class Store:
         self.unfinished.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """The same bytes for the same content. Raises ResourceError; no partial file stays then."""
         make_directory(path.parent)
-        partial = path.with_name(path.name + PARTIAL)
+        entries = [(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+        (layout,) = layout_shards(entries, max_shard_size=1 << 62, metadata=metadata)
+        writer = ShardWriter(replace(layout, filename=path.name), path.parent)
         try:
-            save_file(tensors, partial, metadata={"format": "pt", **metadata})
-            with open(partial, "rb") as stream:
-                os.fsync(stream.fileno())
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise resource_error(path, "written", error) from error
-        publish(partial, path)
+            with writer:
+                for name, offset in layout.offsets.items():
+                    writer.write(offset, bytes_of(tensors[name]))
+                writer.publish()
+        except BaseException:
+            writer.partial.unlink(missing_ok=True)
+            raise
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
