@@ -9,6 +9,7 @@ import numpy as np
 
 from peta_fast import methods
 from peta_fast._assignment import Source
+from peta_fast._beside import Beside
 from peta_fast._tensor_plan import (
     TensorPlan,
     is_whole_tensor,
@@ -21,7 +22,7 @@ from peta_fast._tensor_plan import (
 )
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer
 from peta_fast.errors import CheckpointError
-from peta_fast.methods import TensorSpec
+from peta_fast.methods import TensorSpec, TensorStatistics
 from peta_fast.ops import backend
 from peta_fast.ops.delta_merge import (
     DeltaMerge,
@@ -59,6 +60,7 @@ class Engine:
     tensors   all of the recipe
     ready     by name, what the pieces of a tensor need: thresholds and norms, or its whole result. It is found with
               the first piece; whoever has had the last one calls `forget`.
+    notes     by name, what a whole-tensor method had to say of a tensor
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class Engine:
         *,
         threads: int = 0,
         allow_nonfinite: bool = False,
+        beside: Beside | None = None,
     ):
         self.recipe, self.tensors, self.sources, self.masks = recipe, tensors, sources, masks
+        self.beside = beside
+        self.notes: dict[str, dict] = {}
         self.threads, self.allow_nonfinite = threads, allow_nonfinite
         self.total = merged_size(tensors)
         self.model_ranks: list[list[Rank]] | None = None
@@ -148,8 +153,8 @@ class Engine:
 
     def _spec(self, tensor: TensorPlan) -> DeltaMerge:
         if tensor.action == "average":
-            count = len(tensor.models)
-            return DeltaMerge(tuple(Term() for _ in range(count)), base="zero", divide=float(count))
+            weights = tensor.parameters.get("weight") or (1.0,) * len(tensor.models)
+            return DeltaMerge(tuple(map(Term, weights)), base="zero", divide=float(sum(weights)))
         if not wants_gram(self.recipe):
             return spec_of(self.recipe, tensor, self.total, self.gram)
         models = [self._buffer(m) for m in tensor.models]
@@ -205,11 +210,45 @@ class Engine:
         inputs = self.inputs(tensor)
         if not self.allow_nonfinite:
             _refuse_nonfinite(inputs, self.threads)
-        merged = run_whole_tensor(self.recipe, tensor, inputs)
+        spec = self._whole_spec(tensor)
+        merged = run_whole_tensor(self.recipe, tensor, inputs, spec)
+        if spec.notes:
+            self.notes[tensor.name] = spec.notes
         if not self.allow_nonfinite and not merged.isfinite().all():
             raise CheckpointError(tensor.name, f"the merged values are not finite in {LONG_NAMES[tensor.dtype]}", HINT)
         merged[merged.isnan()] = float("nan")  # one pattern
         return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged)
+
+    def _whole_spec(self, tensor: TensorPlan) -> TensorSpec:
+        """What a whole-tensor method may know, with the tensor's statistics. Raises CheckpointError for NaN and inf."""
+        known = tensor.name, tensor.shape, len(tensor.models), self.recipe.compat, "tensor", tensor.size
+        if self.beside is None:
+            return TensorSpec(*known)
+        statistics = tuple(self._statistics(places, tensor) for places in tensor.beside.statistics)
+        start = tensor.beside.start and self._read_beside(*tensor.beside.start).reshape(tensor.shape)
+        return TensorSpec(*known, statistics=statistics, start=start)
+
+    def _statistics(self, places: Mapping[str, tuple[str, str]], tensor: TensorPlan) -> TensorStatistics:
+        file, key = next(iter(places.values()))
+        found = {kind: self._read_beside(*place) for kind, place in places.items()}
+        if "fisher" in found:
+            found["fisher"] = found["fisher"].reshape(tensor.shape)
+        module, norm = key.rpartition(".")[0], self.beside.fisher_norm(file)
+        return TensorStatistics(
+            **found,
+            transposed=module in self.beside.transposed(file),
+            fisher_norm=norm,
+            collected=self.beside.metadata(file).get("collected", ""),
+        )
+
+    def _read_beside(self, file: str, name: str):
+        """A flat torch tensor over the bytes as they lie, not to be written to."""
+        buffer = self.beside.source(file).buffer(name)
+        if not self.allow_nonfinite:
+            count = int(task_statistics(None, [buffer], base_kind=BASE_ZERO, threads=self.threads).nonfinite[0])
+            if count:
+                raise CheckpointError(file, f"{name!r}: expected finite values, got {count} NaN or inf", HINT)
+        return as_torch(buffer, copied=False)
 
 
 HINT = "Mend that checkpoint, or allow NaN and inf with allow_nonfinite (--allow-nonfinite)."
@@ -223,20 +262,24 @@ def _refuse_nonfinite(inputs: Inputs, threads: int) -> None:
             raise CheckpointError(label, f"{inputs.name!r}: expected finite values, got {count} NaN or inf", HINT)
 
 
-def run_whole_tensor(recipe: Recipe, tensor: TensorPlan, inputs: Inputs):
+def as_torch(buffer: Buffer, *, copied: bool = True):
+    """The elements as a flat torch tensor."""
+    import torch
+
+    raw = np.frombuffer(buffer.as_bytes(), np.uint8)
+    return torch.from_numpy(np.array(raw) if copied else raw).view(getattr(torch, LONG_NAMES[buffer.dtype]))
+
+
+def run_whole_tensor(recipe: Recipe, tensor: TensorPlan, inputs: Inputs, spec: TensorSpec):
     """The torch tensor that a whole-tensor method makes, in the output's dtype, contiguous, nobody else's memory.
 
     Raises ValueError when it has another shape than its inputs.
     """
     import torch
 
-    def as_tensor(buffer: Buffer):
-        raw = np.array(np.frombuffer(buffer.as_bytes(), np.uint8))
-        return torch.from_numpy(raw).view(getattr(torch, LONG_NAMES[buffer.dtype])).reshape(tensor.shape)
-
-    spec = TensorSpec(tensor.name, tensor.shape, len(tensor.models), recipe.compat, "tensor", tensor.size)
-    base = as_tensor(inputs.base) if inputs.base is not None else None
-    merged = methods.get(recipe.method).merge(base, [as_tensor(m) for m in inputs.models], tensor.params, spec)
+    base = as_torch(inputs.base).reshape(tensor.shape) if inputs.base is not None else None
+    models = [as_torch(m).reshape(tensor.shape) for m in inputs.models]
+    merged = methods.get(recipe.method).merge(base, models, tensor.params, spec)
     if tuple(merged.shape) != tuple(tensor.shape):
         raise ValueError(f"{recipe.method}: {tensor.name} came out as {list(merged.shape)}, not {list(tensor.shape)}")
     return merged.detach().to(getattr(torch, LONG_NAMES[tensor.dtype])).contiguous()

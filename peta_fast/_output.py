@@ -292,7 +292,8 @@ def _identity(file: Path) -> tuple[str, int, int]:
 
 
 def _input_files(plan: Plan) -> list[Path]:
-    return [file for source in (*plan.sources.values(), plan.masks) if source is not None for file in source.files]
+    sources = *plan.sources.values(), plan.masks, *plan.beside.files.values()
+    return [file for source in sources if source is not None for file in source.files]
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:

@@ -323,7 +323,7 @@ class RecipeReader:
     ) -> None:
         if self.method is None or not piece.sources:
             return
-        if self._differences() and piece.base is None:
+        if methods.needs_base(self.method) is True and piece.base is None:
             self.faults.add(self.method_place, f"{self.method_name} needs a 'base_model'")
         terms = terms_of(piece, self._differences())
         takes = getattr(self.method, "MODELS", None)
@@ -344,7 +344,7 @@ class RecipeReader:
                     self.faults.add(place_of.get(term.model, base_place), problem)
 
     def _differences(self) -> bool:
-        return self.method is not None and methods.needs_base(self.method)
+        return self.method is not None and bool(methods.needs_base(self.method))
 
 
 def _models(piece: SliceSpec) -> set[ModelRef]:

@@ -15,7 +15,7 @@ from peta_fast._recipe_settings import Setting, always
 from peta_fast.errors import RecipeError
 from peta_fast.methods import Key
 
-COMPAT_NAMES = ("native", "mergekit", "mergekit-0.1.4", "peft", "ties-authors", "peta")
+COMPAT_NAMES = ("native", "mergekit", "mergekit-0.1.4", "peft", "ties-authors", "peta", "mats", "fusion_bench")
 DTYPES = ("float32", "float16", "bfloat16")
 TRIM_SCOPES = ("tensor", "row-block", "model")
 
@@ -104,7 +104,8 @@ class Recipe:
 
     @cached_property
     def needs_base(self) -> bool:
-        return methods.needs_base(methods.get(self.method))
+        """Whether the base, where there is one, is what the models are merged onto and no model itself."""
+        return bool(methods.needs_base(methods.get(self.method)))
 
     def references(self) -> tuple[ModelRef, ...]:
         """All distinct models, bases first, then in the order in which the recipe names them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from peta_fast import methods
 from peta_fast._assignment import Source
+from peta_fast._beside import BesidePlaces
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, MERGEABLE
 from peta_fast.methods import TensorSpec
 from peta_fast.ops.delta_merge import NORM_TILE, All, Band, DeltaMerge, Nothing, RankedRandom, Top, trim_size
@@ -46,7 +47,7 @@ class Costs:
         together  elements of tensors that are got ready in one call
         """
         if self.whole:
-            return tensor.size * 4 * (len(tensor.inputs) + 2)
+            return tensor.size * 4 * (len(tensor.inputs) + 2) + tensor.solving_bytes
         row = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.size
         in_slab = slab // ITEMSIZE[tensor.dtype]  # of this tensor, or of others that the slab holds beside it
         probabilities = max(in_slab, NORM_TILE if self.normed and tensor.size > in_slab else 0) + 2 * row
@@ -65,6 +66,8 @@ class TensorPlan:
     reason      why, where it is not a plain merge
     costs       what merging it takes
     input_bytes of one reading of its inputs
+    beside      where its statistics lie, and what a solver begins from
+    solving_bytes  of working memory that a whole-tensor method takes beside the inputs
     """
 
     name: str
@@ -78,6 +81,8 @@ class TensorPlan:
     reason: str = ""
     costs: Costs = Costs()
     input_bytes: int = 0
+    beside: BesidePlaces = BesidePlaces()
+    solving_bytes: int = 0
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from peta_fast._assignment import kept_ties
+from peta_fast._beside import Beside
 from peta_fast._engine import Engine, Piece
 from peta_fast._tensor_plan import TensorPlan
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, SHORT_NAMES, Buffer
@@ -111,6 +112,7 @@ def merge_state_dicts(
     out: Mapping[str, Any] | None = None,
     threads: int = 0,
     allow_nonfinite: bool = False,
+    notes: dict[str, dict] | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Merges state dicts in memory.
@@ -122,6 +124,9 @@ def merge_state_dicts(
     out         name -> contiguous tensor that takes the result in place, such as a live model's state_dict()
     parameters  the method's keys: one number, or for keys that each model sets, one a model.
                 mask: a dict name -> mask, or "<task>/<name>" -> mask, or a file of them
+                statistics: one a model, what collect_statistics returned or a file of it
+                init (mats): a state dict to begin from, besides the names and files it takes in a recipe
+    notes       takes what methods that solve say of each tensor: name -> residuals, ridge and the like
 
     A tensor with two names stays one where it is one in all dicts.
 
@@ -131,6 +136,7 @@ def merge_state_dicts(
     masks = parameters.get("mask")
     if isinstance(masks, Mapping):
         parameters["mask"] = "(in memory)"
+    beside = Beside(_named_beside(parameters))
     names = [f"model {t}" for t in range(len(models))]
     settings = {"seed": seed, "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None}
     spelled = _spelled_out(
@@ -140,14 +146,18 @@ def merge_state_dicts(
     states = ({"base": base} if base is not None else {}) | dict(zip(names, models, strict=True))
     sources = {ModelRef(label): MemorySource(label, state) for label, state in states.items()}
     mask_source = _mask_source(masks)
-    tensors = plan_tensors(recipe, sources, mask_source)
-    engine = Engine(recipe, tensors, sources, mask_source, threads=threads, allow_nonfinite=allow_nonfinite)
+    tensors = plan_tensors(recipe, sources, mask_source, beside)
+    engine = Engine(
+        recipe, tensors, sources, mask_source, threads=threads, allow_nonfinite=allow_nonfinite, beside=beside
+    )
     engine.find_model_statistics()
     like = next(iter(sources.values()))
     places = _places(tensors, like, out)
     for batch in _batches(tensors):
         engine.fill([Piece(t, 0, t.nbytes, _as_bytes(places[t.name].buffer)) for t in batch])
         engine.forget()
+    if notes is not None:
+        notes.update(engine.notes)
     for alias, name in kept_ties(recipe, sources).items():
         _copy(places[name].buffer, places[alias].buffer, threads)
     return {name: places[name].value for name in like.state if name in places}
@@ -177,6 +187,20 @@ def _spelled_out(method: str, base, models: Sequence[Any], given: Mapping[str, A
     return recipe if base is None else {**recipe, "base_model": str(base)}
 
 
+def _named_beside(parameters: dict[str, Any]) -> dict[str, MemorySource]:
+    """Takes dicts out of the parameters and puts names in their places; what the names stand for."""
+    found = {}
+    given = parameters.get("statistics")
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        files = [str(g) if isinstance(g, str | Path) else f"statistics {t}" for t, g in enumerate(given)]
+        found = {f: MemorySource(f, g) for f, g in zip(files, given, strict=True) if not isinstance(g, str | Path)}
+        parameters["statistics"] = files
+    if isinstance(parameters.get("init"), Mapping):
+        found["init"] = MemorySource("init", parameters["init"])
+        parameters["init"] = "init"
+    return found
+
+
 def _mask_source(masks: Any):
     """Masks out of a dict or, when a path is given, a file."""
     if masks is None:
@@ -200,7 +224,8 @@ class MemorySource:
 
     def __init__(self, label: str, state: Mapping[str, Any]):
         self.label, self.state = label, state
-        self.metadata = METADATA if isinstance(state, TrainedTensors) else {}
+        kept: Mapping[str, str] = getattr(state, "metadata", {})
+        self.metadata = METADATA if isinstance(state, TrainedTensors) else kept
         self.tensors: dict[str, MemoryTensor] = {}
         self.aliases: dict[str, str] = {}
         first: dict[Any, str] = {}

@@ -9,12 +9,13 @@ import contextlib
 import gc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peta_fast import methods
 from peta_fast._assignment import Assignment, Source, assign, kept_ties
+from peta_fast._beside import Beside, BesidePlaces
 from peta_fast._tensor_plan import (
     Costs,
     TensorPlan,
@@ -54,6 +55,7 @@ class Plan:
     tensors      of the output, names that stay tied last
     sources      the opened models
     masks        the opened mask file, for masked methods
+    beside       the opened statistics, and the checkpoint that a solver begins from
     tokenizer    the folder that the tokenizer is taken from, where the recipe names one
     aliases      tied name -> name it is stored under
     slab         bytes made and written at once
@@ -73,6 +75,7 @@ class Plan:
     bytes_written: int
     peak_memory: int
     warnings: tuple[str, ...] = ()
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def donor(self) -> ModelRef:
@@ -155,7 +158,8 @@ def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_onl
     tokenizer = _tokenizer(recipe)
     sources = {ref: _open(ref) for ref in recipe.references()}
     masks = _open_masks(recipe)
-    tensors = plan_tensors(recipe, sources, masks)
+    beside = Beside()
+    tensors = plan_tensors(recipe, sources, masks, beside)
     if trained_only:
         tensors = _trained(recipe, sources, tensors)
     ties = kept_ties(recipe, sources)
@@ -177,6 +181,7 @@ def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_onl
         bytes_written=sum(layout.size for layout in layouts),
         peak_memory=peak,
         warnings=tuple(f"{t.name}: {t.reason}" for t in tensors if t.reason.startswith(UNTIED)),
+        beside=beside,
     )
 
 
@@ -208,13 +213,18 @@ def _tokenizer(recipe: Recipe) -> Path | None:
     return locate(ref.path, ref.revision, weights=False)
 
 
-def plan_tensors(recipe: Recipe, sources: Mapping[ModelRef, Source], masks: Source | None) -> list[TensorPlan]:
+def plan_tensors(
+    recipe: Recipe, sources: Mapping[ModelRef, Source], masks: Source | None, beside: Beside | None = None
+) -> list[TensorPlan]:
     """What happens to every tensor, for models in files or in memory; names that stay tied come last.
+
+    beside  opens statistics and the like, and holds them from then on
 
     Raises RecipeError for parameters, CompatibilityError for names, shapes and dtypes, each with all faults.
     """
-    planner = _Planner(recipe, sources, masks)
+    planner = _Planner(recipe, sources, masks, beside or Beside())
     found = [planner.plan(a) for a in assign(recipe, sources, planner.misfits)]
+    planner.check_statistics()
     planner.raise_faults()
     _require_one_trim(recipe, found)
     by_name = {t.name: t for t in found}
@@ -231,8 +241,8 @@ FROZEN = "frozen: trained in no model"
 class _Planner:
     """Decides tensor by tensor and collects what does not fit."""
 
-    def __init__(self, recipe: Recipe, sources, masks):
-        self.recipe, self.sources, self.masks = recipe, sources, masks
+    def __init__(self, recipe: Recipe, sources, masks, beside: Beside):
+        self.recipe, self.sources, self.masks, self.beside = recipe, sources, masks, beside
         self.method = methods.get(recipe.method)
         wanted = recipe.out_dtype or recipe.dtype
         self.out_dtype = SHORT_NAMES[wanted] if wanted else None
@@ -240,6 +250,7 @@ class _Planner:
         self.misfits: list[str] = []
         self.refused: dict[str, None] = {}
         self.params: dict[Any, Any] = {}
+        self.described: dict[str, set[str]] = {}
 
     def plan(self, a: Assignment) -> TensorPlan:
         places = (a.base, *a.models) if a.base else a.models
@@ -262,7 +273,34 @@ class _Planner:
         params, costs = self._build(values, a)
         read += self._check_masks(a, first)
         why = self._why_untied(a)
-        return TensorPlan(a.name, "merge", dtype, first.shape, a.base, a.models, values, params, why, costs, read)
+        beside, solving = self._find_beside(params, a, first)
+        if isinstance(beside, str):
+            read -= math.prod(first.shape) * ITEMSIZE[first.dtype] if a.base else 0
+            weights = {"weight": values["weight"]}
+            return TensorPlan(
+                a.name, "average", dtype, first.shape, None, a.models, weights, reason=beside, input_bytes=read
+            )
+        return TensorPlan(
+            a.name, "merge", dtype, first.shape, a.base, a.models, values, params, why, costs, read, beside, solving
+        )
+
+    def _find_beside(self, params, a: Assignment, info) -> tuple[BesidePlaces | str, int]:
+        """Where the tensor's statistics are, or why it has none; and the bytes that solving takes."""
+        if not hasattr(self.method, "needs") or self.refused:
+            return BesidePlaces(), 0
+        places = self.beside.places(self.method, params, a.name, a.models, info.shape, self.misfits)
+        for file, (ref, _) in zip(params.statistics, a.models, strict=True):
+            if () not in self.method.needs(params):
+                self.described.setdefault(file, set()).update(self.sources[ref].tensors, self.sources[ref].aliases)
+        return places, self.method.memory(params, info.shape, len(a.models))
+
+    def check_statistics(self) -> None:
+        """Statistics must belong to their models, and serve for something."""
+        if not self.described or self.refused:
+            return
+        self.misfits.extend(self.beside.leftovers(self.described))
+        if not self.beside.solved and not self.misfits:
+            self.misfits.append(f"{', '.join(self.described)}: no tensor has what {self.recipe.method} solves with")
 
     def _copy(self, a: Assignment, info, places, why: str) -> TensorPlan:
         read = math.prod(info.shape) * ITEMSIZE[info.dtype]
@@ -304,13 +342,15 @@ class _Planner:
         key = len(a.models), *values.values()
         if key not in self.params:
             params = methods.build(self.method, values)
-            faults = self._faults_of(params, len(a.models))
+            faults = self._faults_of(params, a)
             self.refused.update(dict.fromkeys(faults))
             self.params[key] = params, Costs() if faults else costs_of(self.recipe, params, len(a.models))
         return self.params[key]
 
-    def _faults_of(self, params, models: int) -> list[str]:
-        wanted = getattr(self.method, "MODELS", None)
+    def _faults_of(self, params, a: Assignment) -> list[str]:
+        wanted, models = getattr(self.method, "MODELS", None), len(a.models)
+        if a.base is None and hasattr(self.method, "wants_base") and self.method.wants_base(params, self.recipe.compat):
+            return [f"{self.recipe.method} needs a base_model with these settings"]
         if wanted and models != wanted:
             return [f"{self.recipe.method} takes {wanted} models, got {models}"]
         return self.method.check(params, self.recipe.compat) if hasattr(self.method, "check") else []

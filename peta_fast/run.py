@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did: bytes it read and wrote. skipped_bytes were found on the disk by --resume."""
+    """What a run did: bytes it read and wrote. skipped_bytes were found on the disk by --resume.
+
+    notes  by tensor, what a method that solves has to say: residuals, ridge; of tensors that this run made
+    """
 
     out: Path
     seconds: float
@@ -55,6 +58,7 @@ class Report:
     bytes_written: int
     tensors: int
     skipped_bytes: int
+    notes: dict[str, dict] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return {**asdict(self), "out": str(self.out)}
@@ -85,16 +89,24 @@ def run(
         pending = output.pending(threads)
         content = _Content(plan)
         meter = _Meter(plan, content, pending, progress)
+        notes: dict[str, dict] = {}
         if pending:
             engine = Engine(
-                plan.recipe, plan.tensors, plan.sources, plan.masks, threads=threads, allow_nonfinite=allow_nonfinite
+                plan.recipe,
+                plan.tensors,
+                plan.sources,
+                plan.masks,
+                threads=threads,
+                allow_nonfinite=allow_nonfinite,
+                beside=plan.beside,
             )
+            notes = engine.notes
             engine.find_model_statistics(meter.add_reading)
             _make_slabs(plan, engine, output, pending, content, meter)
         meter.add(0, "writing")
         output.finish()
     seconds = time.perf_counter() - began
-    return Report(Path(out), seconds, meter.to_read, meter.to_write, len(plan.tensors), output.skipped)
+    return Report(Path(out), seconds, meter.to_read, meter.to_write, len(plan.tensors), output.skipped, notes)
 
 
 class _Meter:

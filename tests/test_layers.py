@@ -19,10 +19,10 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"ops": ("ops",), "formats": ("formats",)},
     {"methods": ("methods",), "nn": ("nn",)},
     {"recipe": ("recipe", "_recipe_reader", "_recipe_settings", "_recipe_spec", "_yaml_lines")},
-    {"plan": ("plan", "_assignment", "_tensor_plan")},
+    {"plan": ("plan", "_assignment", "_beside", "_tensor_plan")},
     {"run": ("run", "_engine", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
-    {"analysis": ("analysis",)},
+    {"fit": ("fit",), "analysis": ("analysis",)},
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},
     {"the package itself": ("",)},
@@ -31,7 +31,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
 PART_OF = {module: part for layer in LAYERS for part, modules in layer.items() for module in modules}
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 LONGEST = 600
-MAY_IMPORT_TORCH = ("demo", "nn", "ops.linearized_lora")
+MAY_IMPORT_TORCH = ("demo", "fit", "nn", "ops.gram", "ops.kronecker_sum", "ops.linearized_lora", "ops.spd_solve")
 """Modules, with all that stands below them."""
 
 

@@ -14,12 +14,19 @@ and one of
 `tensor` is a TensorSpec. A method may also define
 
     NEEDS_BASE  False: merges the models as they are, the base among them if listed (default True)
+                "optional": the base is no term, and need not be given
     MODELS      how many models it takes (default any number)
     MASKED      True: its `mask` key names a file of masks, handed to the kernel (default False)
     STATISTICS  ("gram",): inner products of the inputs, handed over in TensorSpec (default none); ("model-gram",):
                 those of the task vectors, over all merged tensors
     SCOPE       {compat: "model"}: the trim scope that a compat name implies (default none)
     check(params, compat) -> list of complaints about combinations of keys
+    needs(params) -> kinds of statistics it wants of every model for a tensor, as alternatives, the best first:
+                (("input_gram", "output_gram"), ("fisher_gram",)). They come in TensorSpec.statistics, from the files
+                that the per-model key `statistics` names; tensors that have none are averaged
+    start(params) -> a checkpoint to begin from, None for none; its tensor comes in TensorSpec.start
+    wants_base(params, compat) -> whether "optional" is not so with these settings
+    memory(params, shape, models) -> bytes of working memory that `merge` takes beside its inputs
 """
 
 from __future__ import annotations
@@ -37,9 +44,17 @@ REQUIRED = object()
 """Default of a key that a recipe must give."""
 
 
-def per_model(default: Any, *, low: float | None = None, high: float | None = None, alias: str = "", help: str = ""):
+def per_model(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    kind: type = float,
+    alias: str = "",
+    help: str = "",
+):
     """A key that each model may set for itself. The resolved value is a tuple with one entry a model."""
-    return _key(default, low, high, alias, help, per_model=True, kind=float)
+    return _key(default, low, high, alias, help, per_model=True, kind=kind)
 
 
 def shared(
@@ -77,6 +92,9 @@ class TensorSpec:
     scope   the trim scope: "tensor", "row-block" (each index of the first of three dimensions) or "model"
     trim_size  elements of one trim scope
     gram    [T, T] fp64 inner products, when the method asks for them by STATISTICS
+    statistics  one a model, when the method asks for them by `needs`
+    start   the tensor of the checkpoint that `start` names
+    notes   what a whole-tensor method has to say of the tensor goes into this dict, and from there into the report
     """
 
     name: str
@@ -86,6 +104,35 @@ class TensorSpec:
     scope: str = "tensor"
     trim_size: int = 0
     gram: Any = None
+    statistics: tuple[TensorStatistics, ...] = ()
+    start: Any = None
+    notes: dict = dataclasses.field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """What was collected for one tensor of one model; fp32 torch tensors, None for what was not asked for.
+
+    input_gram   [in (in + 1) / 2]   mean of x x^T over the rows x that went into the layer, packed upper triangle
+    output_gram  [out (out + 1) / 2] mean of g g^T over the gradients g of its output
+    fisher       [*S]                mean of the squared gradient of the tensor, over examples
+    fisher_gram  [n (n + 1) / 2]     mean of its outer product with itself, n elements
+    transposed   whether the layer stores its weight [in, out]
+    fisher_norm  of all `fisher` of the model together, 0 where the file does not say it
+    collected    how, where it was not from the model as it is
+    """
+
+    input_gram: Any = None
+    output_gram: Any = None
+    fisher: Any = None
+    fisher_gram: Any = None
+    transposed: bool = False
+    fisher_norm: float = 0.0
+    collected: str = ""
+
+
+KINDS = ("input_gram", "output_gram", "fisher", "fisher_gram")
+"""Of statistics. The first two belong to a layer, `<module>.input_gram`, the others to a tensor, `<tensor>.fisher`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +182,8 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def needs_base(method: ModuleType) -> bool:
+def needs_base(method: ModuleType) -> bool | str:
+    """True, False, or "optional": the base is no term, but may be left out."""
     return getattr(method, "NEEDS_BASE", True)
 
 
