@@ -17,8 +17,8 @@ from delta_merge_cases import case_of, run, terms_of
 from interpreter import run_code
 
 from peta_fast.ops import plain
-from peta_fast.ops.concrete_mask import native as masks
 from peta_fast.ops import records as r
+from peta_fast.ops.concrete_mask import native as masks
 from peta_fast.ops.delta_merge import DeltaMerge, Top
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")

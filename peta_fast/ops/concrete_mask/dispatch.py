@@ -42,9 +42,7 @@ def coefficient_gradients(pieces: Sequence[Piece], temperature: float, products:
 
 def logit_gradients(pieces: Sequence[Piece], shifts: Sequence[Tensor], temperature: float) -> list[Tensor]:
     """The gradients of the logits."""
-    return _each(
-        pieces, lambda code, some, at: code.logit_gradients(some, [shifts[i] for i in at], temperature)
-    )
+    return _each(pieces, lambda code, some, at: code.logit_gradients(some, [shifts[i] for i in at], temperature))
 
 
 def adam(

@@ -64,8 +64,7 @@ def coefficient_gradients(pieces: Sequence[Piece], temperature: float, products:
     more = {"product": [p.g.data_ptr() for p in pieces]} if products else {}
     sums = torch.from_numpy(_run(REDUCE, pieces, temperature, sums=places, **more))
     return [
-        sums[a:b] * (1 / p.mean if p.mean > 0 else 0.0)
-        for a, b, p in zip(places[:-1], places[1:], pieces, strict=True)
+        sums[a:b] * (1 / p.mean if p.mean > 0 else 0.0) for a, b, p in zip(places[:-1], places[1:], pieces, strict=True)
     ]
 
 

@@ -117,4 +117,4 @@ def check_arguments(who, base, task_vectors, coefficients, logits, temperature) 
 
 def check_temperature(who: str, temperature: float) -> None:
     if not 0 < temperature < float("inf"):
-        raise CompatibilityError(who, f"temperature is {temperature}, expected a positive number", "The paper's is 0.5.")
+        raise CompatibilityError(who, f"temperature is {temperature}, expected one above 0", "The paper has 0.5.")

@@ -1,0 +1,1 @@
+"""What must be learned or solved before a merge: coefficients, masks, statistics. One file each."""
