@@ -30,6 +30,8 @@ class Piece:
     out: Tensor | None = None
     g: Tensor | None = None
     mean: Tensor | None = None
+    table: tuple | None = field(default=None, repr=False)
+    """The task vectors' addresses on the device, kept from launch to launch."""
 
     @property
     def tensors(self) -> list[Tensor]:
