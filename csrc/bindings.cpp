@@ -8,6 +8,7 @@
 #include <string>
 
 #include "checksum.h"
+#include "concrete_mask/concrete_mask.h"
 #include "cpu.h"
 #include "delta_merge/delta_merge.h"
 #include "order_statistics/order_statistics.h"
@@ -165,6 +166,38 @@ py::dict statistics_checked(py::array deltas, int64_t size, int threads) {
   return result;
 }
 
+void check_mask_tensor(int64_t i, MaskMode mode, const MaskTensor& t, const MaskTask* tasks, int64_t num_tasks,
+                       int64_t num_sums) {
+  if (t.size < 0) fail("tensor", i, "size is negative");
+  if (t.tasks < 0 || t.first_task < 0 || t.tasks > num_tasks - t.first_task) fail("tensor", i, "tasks out of range");
+  for (int32_t dtype : {t.base_dtype, t.out_dtype, t.g_dtype}) check_dtype("tensor", i, dtype, kBF16);
+  const int sums = mode == kMaskMean ? 1 : mode == kMaskReduce ? t.tasks : 0;
+  if (t.first_sum < 0 || sums > num_sums - t.first_sum) fail("tensor", i, "sums out of range");
+  if (!t.size) return;
+  for (int64_t k = t.first_task; k < t.first_task + t.tasks; ++k)
+    if (!tasks[k].x) fail("tensor", i, "a task has no input");
+  if ((mode == kMaskSample || mode == kMaskMerge) && !t.out) fail("tensor", i, "no output");
+  if ((mode == kMaskReduce || mode == kMaskUpdate) && !t.g) fail("tensor", i, "no gradient to start from");
+  if (mode == kMaskUpdate && (!t.logits || (!t.gradient && (!t.exp_avg || !t.exp_avg_sq))))
+    fail("tensor", i, "no place for the update");
+}
+
+void concrete_mask_checked(int mode, py::array tensors, py::array tasks, py::array settings, py::array sums,
+                           int threads) {
+  const MaskTensor* t = records<MaskTensor>(tensors, "tensors", false);
+  const MaskTask* k = records<MaskTask>(tasks, "tasks", false);
+  const MaskSettings* s = records<MaskSettings>(settings, "settings", false);
+  double* out = records<double>(sums, "sums", true);
+  if (mode < kMaskSample || mode > kMaskUpdate) throw py::value_error("unknown mode");
+  if (settings.size() != 1 || !(s->temperature > 0)) throw py::value_error("settings: expected a positive temperature");
+  for (int64_t i = 0; i < tasks.size(); ++i) check_dtype("task", i, k[i].dtype, kBF16);
+  for (int64_t i = 0; i < tensors.size(); ++i)
+    check_mask_tensor(i, MaskMode(mode), t[i], k, tasks.size(), sums.size());
+  const int64_t n = tensors.size();
+  py::gil_scoped_release release;
+  concrete_mask(MaskMode(mode), t, n, k, *s, out, threads);
+}
+
 void copy_bytes(uint64_t to, uint64_t from, int64_t bytes, int threads) {
   constexpr int64_t kGrain = 4 << 20;
   if (bytes < 0 || (bytes && (!to || !from))) throw py::value_error("copy_bytes: no address or a negative size");
@@ -203,6 +236,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("magnitude_histogram", histogram_checked);
   m.def("ranked_probability", ranked_checked);
   m.def("task_statistics", statistics_checked);
+  m.def("concrete_mask", concrete_mask_checked);
   m.def("tree_sum", [](py::array_t<double, py::array::c_style> values) {
     return tree_sum(values.mutable_data(), values.size(), 1);
   });
@@ -216,5 +250,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("RECORD_BYTES") = py::dict(py::arg("piece") = sizeof(Piece), py::arg("task") = sizeof(Task),
                                     py::arg("rule") = sizeof(Rule), py::arg("delta") = sizeof(Delta),
                                     py::arg("select_task") = sizeof(SelectTask),
-                                    py::arg("select_query") = sizeof(SelectQuery));
+                                    py::arg("select_query") = sizeof(SelectQuery),
+                                    py::arg("mask_tensor") = sizeof(MaskTensor),
+                                    py::arg("mask_task") = sizeof(MaskTask),
+                                    py::arg("mask_settings") = sizeof(MaskSettings));
 }

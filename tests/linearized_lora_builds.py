@@ -1,7 +1,8 @@
-"""Builds the Triton kernels of linearized LoRA for a GPU that is not there, as launch.py would launch them."""
+"""Builds Triton kernels for a GPU that is not there, as launch.py would launch them; first those of linearized LoRA."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ import torch
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 MATRIX_INSTRUCTIONS = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+            torch.float64: "*fp64"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Launch:
     kernel: str
     arguments: tuple
     options: dict
+    op: str = "linearized_lora"
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,7 @@ def source_of(launched: Launch):
     """The ASTSource that triton.jit would make of these arguments: 1 and None are constants, multiples of 16 known."""
     from triton.compiler import ASTSource
 
-    from peta_fast.ops.linearized_lora import kernels
-
-    kernel = getattr(kernels, launched.kernel)
+    kernel = getattr(importlib.import_module(f"peta_fast.ops.{launched.op}.kernels"), launched.kernel)
     names = kernel.arg_names
     compiler_options = ("num_warps", "num_stages")
     values = dict(zip(names, launched.arguments, strict=False))
@@ -89,18 +90,18 @@ def source_of(launched: Launch):
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(names):
         value = values[name]
-        declared = kernel.params[place].is_constexpr
-        if declared or value is None or (isinstance(value, int) and value == 1):
+        declared, plain = kernel.params[place].is_constexpr, kernel.params[place].do_not_specialize
+        if declared or value is None or (isinstance(value, int) and value == 1 and not plain):
             signature[name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not plain:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    options = {k: launched.options[k] for k in compiler_options}
+    options = {k: launched.options[k] for k in compiler_options if k in launched.options}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 

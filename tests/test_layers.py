@@ -31,7 +31,9 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
 PART_OF = {module: part for layer in LAYERS for part, modules in layer.items() for module in modules}
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 LONGEST = 600
-MAY_IMPORT_TORCH = ("demo", "fit", "nn", "ops.gram", "ops.kronecker_sum", "ops.linearized_lora", "ops.spd_solve")
+MAY_IMPORT_TORCH = (
+    "demo", "fit", "nn", "ops.concrete_mask", "ops.gram", "ops.kronecker_sum", "ops.linearized_lora", "ops.spd_solve",
+)  # fmt: skip
 """Modules, with all that stands below them."""
 
 

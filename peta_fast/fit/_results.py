@@ -1,0 +1,154 @@
+"""What fitting hands back: coefficients, masks, history, and the files and settings of the same merge elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from peta_fast.errors import RecipeError
+from peta_fast.fit._merged_model import MergedModel
+from peta_fast.fit._steps import Progress
+from peta_fast.ops.concrete_mask import sample_mask
+from peta_fast.ops.concrete_mask.noise import mask_key
+
+KINDS = ("soft", "binary", "expected")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Learned masks: logits by tensor name, and the one draw of the noise that the fitted model has."""
+
+    logits: Mapping[str, Tensor]
+    temperature: float
+    seed: int
+    draw: int
+
+    def of(self, name: str, kind: str = "soft") -> Tensor:
+        """The mask of a tensor: "soft", one relaxed sample; "binary", bool, that sample above 1/2; "expected"."""
+        if kind not in KINDS:
+            raise RecipeError("kind", f"expected one of {', '.join(KINDS)}, got {kind!r}")
+        logits, key = self.logits[name], mask_key(self.seed, self.draw, name)
+        if kind == "expected":
+            return torch.sigmoid(logits)
+        return sample_mask(logits, key=key, temperature=self.temperature, binary=kind == "binary")
+
+
+class Fitted:
+    """The outcome of a fit. The model that was given holds the merge.
+
+    model         the merged model, with the base's head where heads stay apart
+    coefficients  tensor name -> [T] fp32; of tensors that no task has changed, and of heads, there are none
+    masks         of a Concrete fit, else None
+    heads         for each task, the tensors that stayed out of the merge
+    history       the steps, in order
+    """
+
+    def __init__(
+        self,
+        merged: MergedModel,
+        coefficients: Tensor,
+        history: Sequence[Progress],
+        masks: Masks | None = None,
+        trimmed: bool = False,
+    ):
+        self.model, self.heads, self.history = merged.model, merged.heads, tuple(history)
+        self.coefficients = dict(zip(merged.names, coefficients.cpu(), strict=True))
+        self.masks = masks
+        self._num_models, self._trimmed = merged.count, trimmed
+        state = merged.model.state_dict(keep_vars=True)
+        first: dict[int, str] = {}
+        self._shapes = {
+            name: tensor.shape
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and first.setdefault(id(tensor), name) == name
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the merged model's tensors, on the CPU."""
+        return {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
+
+    def mask_tensors(self, kind: str = "soft") -> dict[str, Tensor]:
+        """Name -> mask, as masked_task_arithmetic takes them; see save_masks."""
+        if self.masks is None:
+            raise RecipeError("masks", "this fit has learned coefficients alone", "Fit with peta_fast.fit.concrete.")
+        return {name: self._mask(name, kind) for name in self._shapes}
+
+    def _mask(self, name: str, kind: str) -> Tensor:
+        if name not in self.masks.logits:
+            return torch.zeros(-(-self._shapes[name].numel() // 8), dtype=torch.uint8)
+        mask = self.masks.of(name, kind).cpu()
+        return bits_of(mask) if kind == "binary" else mask
+
+    def save_masks(self, file: str | Path, kind: str = "soft") -> None:
+        """Writes the masks as safetensors; the file appears whole or not at all.
+
+        kind  "soft": the sample that the fitted model has, fp32; "binary": where that is above 1/2, one bit an element;
+              "expected": sigmoid(logit), fp32
+
+        A tensor that stayed out of the merge gets a mask of zeros: the base's values stay. The method's
+        `mask_rescale: mean` divides by each mask's mean, as the fit did.
+        """
+        from safetensors.torch import save_file
+
+        file, tensors = Path(file), self.mask_tensors(kind)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        settings = {"kind": kind, "temperature": self.masks.temperature, "seed": self.masks.seed}
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"} | {k: str(v) for k, v in settings.items()})
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def weights(self) -> list[list[dict[str, Any]]]:
+        """The coefficients as the recipe's `weight` has them: for each model, values by tensor name, longest first."""
+        names, nothing = sorted(self._shapes, key=len, reverse=True), [0.0] * self._num_models
+        value = {n: self.coefficients[n].tolist() if n in self.coefficients else nothing for n in names}
+        return [
+            [*({"filter": n, "value": value[n][task]} for n in names), {"value": 0.0}]
+            for task in range(self._num_models)
+        ]
+
+    def recipe(self, base: str | Path, models: Sequence[str | Path], mask: str | Path | None = None) -> dict[str, Any]:
+        """The same merge as a recipe, of checkpoints on disk.
+
+        mask  the file that save_masks has written, where masks were learned
+
+        Raises RecipeError for trimmed task vectors, whose merge is not one of the methods: save state_dict() instead.
+        """
+        if self._trimmed:
+            raise RecipeError("recipe", "no method merges trimmed task vectors like this", "Save state_dict() instead.")
+        if (mask is None) != (self.masks is None) or len(models) != self._num_models:
+            raise RecipeError(
+                "recipe",
+                f"expected {self._num_models} models and {'no' if self.masks is None else 'a'} mask file, "
+                f"got {len(models)} and {mask}",
+            )
+        entries = [
+            {"model": str(model), "parameters": {"weight": weight}}
+            for model, weight in zip(models, self.weights(), strict=True)
+        ]
+        recipe = {"method": "task_arithmetic", "base_model": str(base), "models": entries}
+        if mask is not None:
+            recipe["method"] = "masked_task_arithmetic"
+            recipe["parameters"] = {"mask": str(mask), "mask_rescale": "mean"}
+        return recipe
+
+    def save_recipe(self, file: str | Path, base: str | Path, models: Sequence[str | Path], mask=None) -> None:
+        """Writes recipe() as YAML, for `peta-fast merge`."""
+        text = yaml.safe_dump(self.recipe(base, models, mask), sort_keys=False)
+        Path(file).write_text(text, encoding="utf-8")
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """bool [*S] -> uint8 [ceil(n / 8)], little-endian: element i is bit i % 8 of byte i // 8."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.int64).to(torch.uint8)
