@@ -2,9 +2,10 @@
 
     union of all terms -> contributions, each once -> for every variant: weight, elect, divide, scale, add base, cast
 
-A term is a model's task vector with its keep rule, mask and prescale; variants that differ in weights, election, divisor
-or scaling share them. The same arithmetic in the same order as delta_merge, so each variant has the bits of its own merge.
-Cost: each input read once for all variants, each output written once; thresholds and norms of all terms one more reading.
+A term is a model's task vector with its keep rule, mask and prescale; variants that differ in weights, election,
+divisor or scaling share them. The same arithmetic in the same order as delta_merge, so each variant has the bits of its
+own merge. Cost: each input read once for all variants, each output written once; thresholds and norms of all terms one
+more reading.
 """
 
 from __future__ import annotations
