@@ -262,9 +262,7 @@ def _with_value(recipe: Recipe, spelled: str, value: Any) -> Recipe:
         return replace(piece, sources=sources, parameters=changed(piece.parameters, False))
 
     def of_module(module: ModuleSpec) -> ModuleSpec:
-        return replace(
-            module, slices=tuple(map(of_slice, module.slices)), parameters=changed(module.parameters, False)
-        )
+        return replace(module, slices=tuple(map(of_slice, module.slices)), parameters=changed(module.parameters, False))
 
     return replace(
         recipe,

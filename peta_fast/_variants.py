@@ -83,6 +83,10 @@ class VariantEngine:
     def alive(self) -> list[int]:
         return [v for v in range(len(self.recipes)) if v not in self.faults]
 
+    def is_of_inputs(self, v: int) -> bool:
+        """Whether a variant's fault is one of the inputs, and so of all variants; else its own result overflows."""
+        return self.faults[v].who not in self.by_name[v]
+
     # What must be known of the whole model
 
     def find_model_statistics(self) -> None:
@@ -161,7 +165,8 @@ class VariantEngine:
         """By distinct term, the ranks that are known of the whole model; None where they are not asked for."""
         if not shared.union.needs_model_thresholds:
             return None
-        return [self.engines[variants[v]].model_ranks[t] for v, t in shared.origins]
+        known = [(self.engines[variants[v]].model_ranks, t) for v, t in shared.origins]
+        return [ranks[t] if ranks is not None else [] for ranks, t in known]
 
     def _parts_of(self, name: str):
         """The variants whose merges of a tensor can share a pass, the Shared of each such set, and its inputs."""
@@ -239,7 +244,7 @@ class VariantEngine:
         for v, pieces in alone.items():
             try:
                 self.engines[v].fill(pieces)
-                self.engines[v].forget()
+                self.engines[v].forget({p.tensor.name for p in pieces if p.stop < p.tensor.nbytes})
             except PetaFastError as error:
                 self.faults[v] = error
 

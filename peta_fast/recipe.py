@@ -43,7 +43,8 @@ from peta_fast.methods import Key
 
 __all__ = [
     "COMPAT_NAMES", "DTYPES", "TRIM_SCOPES", "Condition", "ModelRef", "ModuleSpec", "Recipe", "Setting", "SliceSpec",
-    "SourceSpec", "edit_text", "load_recipe", "load_recipes", "read_value", "recipe_schema", "unknown_name",
+    "SourceSpec", "document_of", "edit_text", "load_recipe", "load_recipes", "read_value", "recipe_schema",
+    "unknown_name",
 ]  # fmt: skip
 
 
@@ -142,6 +143,12 @@ def _plain(node: Located) -> Any:
     if isinstance(node.value, list):
         return [_plain(member) for member in node.value]
     return node.value if isinstance(node.value, str | int | float | None) else str(node.value)
+
+
+def document_of(source: str | os.PathLike) -> dict:
+    """The first document of a path or text as plain values, whatever is wrong with it as a recipe."""
+    plain = _plain(_documents(source, Faults())[0][0])
+    return plain if isinstance(plain, dict) else {}
 
 
 def edit_text(recipe: Recipe, edit: Callable[[dict], None]) -> str:

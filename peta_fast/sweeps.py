@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from peta_fast._grid import Grid, axes_of
+from peta_fast._grid import OTHER_KEYS, Axis, Grid, axes_of
+from peta_fast._run_variants import Outcome, run_all
 from peta_fast._sweep_results import Point, Results, SweepJournal, best_of, scores_of
 from peta_fast._tensor_plan import TensorPlan
 from peta_fast._variants import Targets, VariantEngine, selections_of
@@ -28,8 +29,8 @@ from peta_fast.errors import CheckpointError, PetaFastError, RecipeError
 from peta_fast.merging import MemorySource, Place, parse_bytes, places_in, spelled_out
 from peta_fast.ops import backend
 from peta_fast.plan import make_plan, open_masks, plan_tensors
-from peta_fast.recipe import ModelRef, Recipe, load_recipe
-from peta_fast.run import Report, run
+from peta_fast.recipe import ModelRef, Recipe, document_of, load_recipe
+from peta_fast.run import Progress, Report, run
 
 WINDOW = 32
 """Points whose thresholds are found in one reading."""
@@ -101,7 +102,7 @@ def sweep(
         raise RecipeError("sweep", "expected a recipe, or method, base, models and parameters")
     else:
         sources, axes = None, axes_of(grid)
-        loaded = _load(recipe, axes, compat)
+        loaded = load_swept(recipe, axes, compat)
     return Sweep(
         loaded,
         Grid(loaded, axes),
@@ -113,25 +114,23 @@ def sweep(
     )
 
 
-def _load(recipe, axes, compat: str | None) -> Recipe:
-    """The recipe; a key that only the grid gives may be missing in it."""
+def load_swept(recipe, axes: Sequence[Axis], compat: str | None) -> Recipe:
+    """The recipe; keys that the grid gives for all models may be missing in it. Raises RecipeError."""
     try:
         return load_recipe(recipe, compat=compat)
     except RecipeError as error:
-        given = {axis.key: axis.values[0] for axis in axes if axis.values}
+        document = recipe if isinstance(recipe, Mapping) else document_of(recipe)
+        shared = document.get("parameters") or {}
+        given = {a.key: a.values[0] for a in axes if a.values and "." not in a.key and a.key not in OTHER_KEYS}
+        if not isinstance(shared, Mapping) or given.keys() <= shared.keys():
+            raise
+        document = {**document, "parameters": {**given, **shared}}
         if not isinstance(recipe, Mapping):
             import yaml
 
-            try:
-                text = Path(recipe).read_text() if not str(recipe).count("\n") else str(recipe)
-                recipe = yaml.safe_load(text)
-                compat = compat or (None if "compat" in recipe or "method" in recipe else "mergekit")
-                recipe = {**recipe, "parameters": {**(recipe.get("parameters") or {}), **given}}
-                return load_recipe(yaml.safe_dump(recipe, sort_keys=False), compat=compat)
-            except Exception:
-                raise error from None
+            document = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         try:
-            return load_recipe({**recipe, "parameters": {**given, **(recipe.get("parameters") or {})}}, compat=compat)
+            return load_recipe(document, compat=compat)
         except RecipeError:
             raise error from None
 
@@ -231,6 +230,39 @@ class Sweep:
         if results.best is not None:
             self._write_best(results.best, Path(out) / "best")
         return results
+
+    def write(
+        self,
+        out: str | Path,
+        *,
+        max_memory: str | int = "768MB",
+        max_shard_size: str | int = "5GB",
+        resume: bool = False,
+        force: bool = False,
+        yes: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> list[Outcome]:
+        """Every variant as a checkpoint in a folder of its own below `out`, in the grid's order.
+
+        Each is byte for byte what `merge` makes of that point's recipe. Returns what became of each; a variant that
+        fails stops alone. Finished ones are not done again with `resume`.
+
+        Raises RecipeError for more than 1,000 points without `yes`, ResourceError when the disk cannot take all.
+        """
+        self.require_yes(yes)
+        if self._memory_sources is not None:
+            raise RecipeError("sweep", "expected models in files to write checkpoints, got state dicts")
+        memory, shard = parse_bytes(max_memory, "max_memory"), parse_bytes(max_shard_size, "max_shard_size")
+        named = []
+        for index in self.grid.order():
+            plan = make_plan(self.grid.recipe_of(index, with_text=True), max_memory=memory, max_shard_size=shard)
+            named.append((self.grid.name(index), plan, Path(out) / self.grid.name(index)))
+        found = run_all(
+            named, max_memory=memory, resume=resume, force=force, allow_nonfinite=self.allow_nonfinite,
+            threads=self.threads, progress=progress,
+        )  # fmt: skip
+        by_name = {outcome.name: outcome for outcome in found}
+        return [by_name[self.grid.name(index)] for index in range(len(self))]
 
     def require_yes(self, yes: bool) -> None:
         if len(self) > MANY and not yes:
@@ -342,8 +374,9 @@ class _Hall:
         for group in self._groups(len(window), plans[0]):
             places = self._places(group, plans[0])
             self._fill(engine, plans, group, places)
-            if len(engine.faults) == len(window) > 1 or len(engine.faults) == len(grid):
-                raise next(iter(engine.faults.values()))
+            for v in group:
+                if v in engine.faults and engine.is_of_inputs(v):
+                    raise engine.faults[v]
             for v in group:
                 index, error = window[v], engine.faults.get(v)
                 held = None if error else self._hand_out(v, group, places)
@@ -488,7 +521,10 @@ def _state_of(into: Any) -> Mapping[str, Any] | None:
 def _span(value: Any) -> tuple[int, int]:
     """First and last address of what a tensor lies in; of strided ones, of all their storage."""
     if isinstance(value, np.ndarray):
-        return np.lib.array_utils.byte_bounds(value)
+        start = value.__array_interface__["data"][0]
+        reach = [(n - 1) * step for n, step in zip(value.shape, value.strides, strict=True)] if value.size else []
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        return start + low, start + high + (value.itemsize if value.size else 0)
     storage = value.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
