@@ -71,7 +71,8 @@ class Results:
         metrics = list(dict.fromkeys(name for p in self.points for name in p.scores))
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow([*self.axes, *metrics, "seconds", "error"])
+        columns = [f"{SCORE}.{m}" if m in (*self.axes, "seconds", "error") else m for m in metrics]
+        table.writerow([*self.axes, *columns, "seconds", "error"])
         for p in self.points:
             scores = [repr(p.scores[m]) if m in p.scores else "" for m in metrics]
             table.writerow([*(p.parameters[key] for key in self.axes), *scores, f"{p.seconds:.6f}", p.error])

@@ -14,7 +14,7 @@ from families import assert_same_bits, coarse_family, family, inputs_of
 from model_folders import HIDDEN, VOCAB, files_of, load, save_family, save_model
 
 import peta_fast
-from peta_fast import sweeps
+from peta_fast import _run_variants, sweeps
 from peta_fast._grid import Grid, axes_of, read_axes
 from peta_fast._sweep_results import JOURNAL
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError, ResourceError
@@ -155,7 +155,7 @@ def test_a_target_that_does_not_fit_is_refused():
 def folder(tmp_path_factory):
     """Folders base, a, b in bf16, the base and b in shards, and recipes."""
     folder = tmp_path_factory.mktemp("family")
-    names = {"model.embed.weight": (300, 70), "model.layers.0.up.weight": (90, 70), "model.layers.1.up.weight": (90, 70),
+    names = {"model.embed.weight": (900, 400), "model.layers.0.up.weight": (90, 70), "model.layers.1.up.weight": (90, 70),
              "model.norm.weight": (70,)}  # fmt: skip
     base, models = save_family(folder, dtype=torch.bfloat16, names=names)
     for name, state in (("base", base), ("b", models[1])):
@@ -179,7 +179,7 @@ def folder(tmp_path_factory):
 ])  # fmt: skip
 def test_checkpoints_are_byte_for_byte_those_of_single_merges(method, grid, folder, tmp_path):
     found = peta_fast.sweep(folder / f"{method}.yml", grid=grid)
-    outcomes = found.write(tmp_path / "all", max_memory="6MB", max_shard_size=30_000)
+    outcomes = found.write(tmp_path / "all", max_memory="10MB", max_shard_size=30_000)
     in_memory = {v.index: {n: t.clone() for n, t in v.state.items()} for v in found}
     assert [o.name for o in outcomes] == [found.grid.name(i) for i in range(len(found))]
     for index, outcome in enumerate(outcomes):
@@ -193,27 +193,23 @@ def test_checkpoints_are_byte_for_byte_those_of_single_merges(method, grid, fold
 
 
 def test_a_killed_sweep_to_disk_goes_on(folder, tmp_path, monkeypatch):
-    from peta_fast._output import Output
-
     found = peta_fast.sweep(folder / "ties.yml", grid=["weight=0.5,1", "density=0.2,0.5"])
     found.write(tmp_path / "whole", max_memory="10MB")
-    original, calls = Output.write, []
+    original, calls = _run_variants._Lanes._make_slab, []
 
-    def dying(self, slab, buffer):
-        calls.append(slab)
-        if len(calls) > 2:
+    def dying(self, *words):
+        calls.append(words)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        original(self, slab, buffer)
+        original(self, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "write", dying)
+        patch.setattr(_run_variants._Lanes, "_make_slab", dying)
         with pytest.raises(KeyboardInterrupt):
             found.write(tmp_path / "out", max_memory="10MB")
-    with pytest.raises(ResourceError, match="--resume"):
-        outcome = found.write(tmp_path / "out", max_memory="10MB")[0]
-        raise outcome.error
+    assert all("--resume" in str(o.error) for o in found.write(tmp_path / "out", max_memory="10MB"))
     outcomes = found.write(tmp_path / "out", max_memory="10MB", resume=True)
-    assert sum(o.report.skipped_bytes > 0 for o in outcomes) == 2
+    assert all(0 < o.report.skipped_bytes < 700_000 for o in outcomes)
     for outcome in outcomes:
         assert files_of(outcome.out) == files_of(tmp_path / "whole" / outcome.name)
     again = found.write(tmp_path / "out", resume=True)
@@ -231,12 +227,13 @@ def test_what_an_evaluator_says_is_kept_in_tables_a_picture_and_a_journal(folder
         asked.append(dict(parameters))
         if parameters["density"] == 0.5 and len(asked) < 7:
             raise ValueError("no such luck")
-        return {"loss": float(state["model.norm.weight"].float().abs().mean()), "density": parameters["density"]}
+        return {"loss": float(state["model.norm.weight"].float().abs().mean()), "density": -parameters["density"]}
 
     results = found.evaluate(evaluate, tmp_path / "out", best="min", name="mine")
     assert len(asked) == 6 and len(results.points) == 6
     assert [p.error for p in results.failed] == ["ValueError: no such luck"] * 2
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [r["score.density"] for r in rows[:3]] == ["-0.2", "", "-1.0"], "a score that is called as an axis is"
     assert [(float(r["weight"]), float(r["density"])) for r in rows] == [(w, d) for w in (0.2, 0.4) for d in (0.2, 0.5, 1)]
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     losses = [p["scores"]["loss"] for p in written["points"] if p["scores"]]
@@ -252,10 +249,10 @@ def test_what_an_evaluator_says_is_kept_in_tables_a_picture_and_a_journal(folder
         found.evaluate(evaluate, tmp_path / "out", name="another", resume=True)
     wider = peta_fast.sweep(folder / "ties.yml", grid=["weight=0.2,0.4", "density=0.2,0.5,1,0.7"])
     asked_before = len(asked)
-    results = wider.evaluate(evaluate, tmp_path / "out", best="max", metric="density", name="mine", resume=True)
+    results = wider.evaluate(evaluate, tmp_path / "out", best="min", metric="density", name="mine", resume=True)
     fresh = asked[asked_before:]
     assert len(fresh) == 4 and {p["density"] for p in fresh} == {0.5, 0.7}, "the failed and the new ones alone"
-    assert not results.failed and results.best.scores["density"] == 1
+    assert not results.failed and results.best.scores["density"] == -1
 
 
 def test_an_interrupted_evaluation_keeps_what_is_done_and_a_torn_line_is_forgotten(folder, tmp_path):
