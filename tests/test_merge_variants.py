@@ -82,8 +82,8 @@ def assert_each_is_its_own_merge(specs, case: Case, out_dtype="BF16", *, seeds=N
 TIES = {"elect": "weighted", "divide": "agreeing-weight"}
 RULES = {
     "ties": ([Top(700), Top(2600), All()], TIES),
-    "ties, a zero sum counts as plus, exact counts": ([Top(700, "first"), Top(2600, "first")], {**TIES, "zero": "plus"}),
-    "ties, a zero sum counts as minus": ([Top(700)], {**TIES, "zero": "minus"}),
+    "ties, zero as plus, exact counts": ([Top(700, "first"), Top(2600, "first")], {**TIES, "zero": "plus"}),
+    "ties, zero as minus": ([Top(700)], {**TIES, "zero": "minus"}),
     "ties without a mean": ([Top(700), Top(2600)], {"elect": "weighted", "scaling": 0.7}),
     "ties as PEFT": ([Top(900, "first")], {"elect": "unweighted", "zero": "plus", "divide": "agreeing-count"}),
     "the largest of those that agree": ([Top(900)], {"elect": "unweighted", "aggregate": "max"}),
@@ -141,7 +141,9 @@ def test_ranked_probabilities_norms_masks_and_rows():
 
 
 def test_majority_signs_are_each_variants_own():
-    specs = variants_of([All()], (1.0,), tasks=2, elect="unweighted", zero="majority-minus", divide="agreeing-count") * 3
+    specs = (
+        variants_of([All()], (1.0,), tasks=2, elect="unweighted", zero="majority-minus", divide="agreeing-count") * 3
+    )
     assert_each_is_its_own_merge(specs, case_of(2, steps=8), majorities=[1, -1, 0])
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: every point has the bytes of its own merge, in memory, in a live model and on disk; what goes wrong is told."""
+"""Sweeps: every point has the bytes of its own merge, in memory, in a live model and on disk; faults are told."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def test_a_target_that_does_not_fit_is_refused():
 def folder(tmp_path_factory):
     """Folders base, a, b in bf16, the base and b in shards, and recipes."""
     folder = tmp_path_factory.mktemp("family")
-    names = {"model.embed.weight": (900, 400), "model.layers.0.up.weight": (90, 70), "model.layers.1.up.weight": (90, 70),
-             "model.norm.weight": (70,)}  # fmt: skip
+    names = {"model.embed.weight": (900, 400), "model.norm.weight": (70,)}
+    names |= {f"model.layers.{i}.up.weight": (90, 70) for i in range(2)}
     base, models = save_family(folder, dtype=torch.bfloat16, names=names)
     for name, state in (("base", base), ("b", models[1])):
         shutil.rmtree(folder / name)
@@ -234,7 +234,9 @@ def test_what_an_evaluator_says_is_kept_in_tables_a_picture_and_a_journal(folder
     assert [p.error for p in results.failed] == ["ValueError: no such luck"] * 2
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [r["score.density"] for r in rows[:3]] == ["-0.2", "", "-1.0"], "a score that is called as an axis is"
-    assert [(float(r["weight"]), float(r["density"])) for r in rows] == [(w, d) for w in (0.2, 0.4) for d in (0.2, 0.5, 1)]
+    assert [(float(r["weight"]), float(r["density"])) for r in rows] == [
+        (w, d) for w in (0.2, 0.4) for d in (0.2, 0.5, 1)
+    ]
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     losses = [p["scores"]["loss"] for p in written["points"] if p["scores"]]
     assert written["best"]["scores"]["loss"] == min(losses) and written["metric"] == "loss"
@@ -317,7 +319,9 @@ def test_nan_in_an_input_ends_the_sweep_by_name(into):
 
 
 def test_axes_as_they_are_spelled():
-    axes = {a.key: a.values for a in read_axes(["weight=0.1:1.0:0.1", "density=0.1, 0.2,5e-1", "k=3:0:-1,7", "b=true,x"])}
+    axes = {
+        a.key: a.values for a in read_axes(["weight=0.1:1.0:0.1", "density=0.1, 0.2,5e-1", "k=3:0:-1,7", "b=true,x"])
+    }
     assert axes == {
         "weight": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "density": (0.1, 0.2, 0.5), "k": (3, 2, 1, 0, 7),
         "b": (True, "x"),
@@ -381,7 +385,9 @@ def test_millions_of_points_are_counted_and_not_begun(folder, tmp_path):
 
 
 def test_the_order_keeps_together_what_shares_most(folder):
-    grid = Grid(load_recipe(folder / "ties.yml"), axes_of({"lambda": [1, 2], "weight": [1, 2, 3], "density": [0.1, 0.2]}))
+    grid = Grid(
+        load_recipe(folder / "ties.yml"), axes_of({"lambda": [1, 2], "weight": [1, 2, 3], "density": [0.1, 0.2]})
+    )
     order = list(grid.order())
     assert sorted(order) == list(range(12)) and grid.block() == 6
     assert len({grid.point(i)["density"] for i in order[:6]}) == 1
