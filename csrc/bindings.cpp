@@ -11,6 +11,7 @@
 #include "concrete_mask/concrete_mask.h"
 #include "cpu.h"
 #include "delta_merge/delta_merge.h"
+#include "merge_variants/merge_variants.h"
 #include "order_statistics/order_statistics.h"
 #include "philox.h"
 #include "pool.h"
@@ -96,6 +97,53 @@ void delta_merge_checked(int mode, py::array pieces, py::array tasks, py::array 
   const int64_t n = pieces.size();
   py::gil_scoped_release release;
   delta_merge(Mode(mode), p, n, t, r, threads);
+}
+
+void check_group(int64_t i, const VariantGroup& g, const Task* terms, int64_t num_terms, int64_t num_variants) {
+  if (g.size < 0 || g.start < 0) fail("group", i, "size or start is negative");
+  if (g.terms < 0 || g.first_term < 0 || g.terms > num_terms - g.first_term) fail("group", i, "terms out of range");
+  if (g.variants < 0 || g.first_variant < 0 || g.variants > num_variants - g.first_variant)
+    fail("group", i, "variants out of range");
+  check_dtype("group", i, g.base_dtype, kBF16);
+  if (g.base_kind < kBaseTensor || g.base_kind > kBaseOne) fail("group", i, "unknown base kind");
+  if (g.size && g.base_kind == kBaseTensor && !g.base) fail("group", i, "no base");
+  for (int64_t t = g.first_term; t < g.first_term + g.terms; ++t) {
+    if (g.size && !terms[t].x) fail("term", t, "has no input");
+    if (terms[t].weights) fail("term", t, "has element-wise weights, which only delta_merge takes");
+  }
+}
+
+void check_variant(int64_t i, const VariantGroup& g, const Variant& v, const Use* uses, int64_t num_uses,
+                   const Rule* rules, int64_t num_rules) {
+  if (v.uses < 0 || v.first_use < 0 || v.uses > num_uses - v.first_use) fail("variant", i, "uses out of range");
+  if (v.rule < 0 || v.rule >= num_rules) fail("variant", i, "rule out of range");
+  check_dtype("variant", i, v.out_dtype, kBF16);
+  if (g.size && !v.out) fail("variant", i, "no output");
+  const Rule& rule = rules[v.rule];
+  if (rule.base_kind != g.base_kind) fail("variant", i, "its rule has another base kind than its group");
+  if (rule.elect == kElectGiven) fail("variant", i, "has a given sign, which only delta_merge takes");
+  if (rule.aggregate == kMedian && v.uses < 1) fail("variant", i, "a median needs a term");
+  for (int64_t u = v.first_use; u < v.first_use + v.uses; ++u)
+    if (uses[u].term < 0 || uses[u].term >= g.terms) fail("use", u, "term out of range");
+}
+
+void merge_variants_checked(py::array groups, py::array terms, py::array variants, py::array uses, py::array rules,
+                            int threads) {
+  const VariantGroup* g = records<VariantGroup>(groups, "groups", false);
+  const Task* t = records<Task>(terms, "terms", false);
+  Variant* v = records<Variant>(variants, "variants", true);
+  const Use* u = records<Use>(uses, "uses", false);
+  const Rule* r = records<Rule>(rules, "rules", false);
+  for (int64_t i = 0; i < terms.size(); ++i) check_task(i, t[i]);
+  for (int64_t i = 0; i < rules.size(); ++i) check_rule(i, r[i]);
+  for (int64_t i = 0; i < groups.size(); ++i) {
+    check_group(i, g[i], t, terms.size(), variants.size());
+    for (int64_t k = g[i].first_variant; k < g[i].first_variant + g[i].variants; ++k)
+      check_variant(k, g[i], v[k], u, uses.size(), r, rules.size());
+  }
+  const int64_t n = groups.size();
+  py::gil_scoped_release release;
+  merge_variants(g, n, t, v, u, r, threads);
 }
 
 void select_checked(py::array tasks, py::array queries, int threads) {
@@ -232,6 +280,7 @@ py::array_t<uint32_t> philox(uint64_t key, uint64_t first, int count) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU operations of peta_fast: raw pointers, sizes and dtype codes in, nothing kept.";
   m.def("delta_merge", delta_merge_checked);
+  m.def("merge_variants", merge_variants_checked);
   m.def("select_magnitudes", select_checked);
   m.def("magnitude_histogram", histogram_checked);
   m.def("ranked_probability", ranked_checked);
@@ -249,7 +298,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_simd", [](const std::string& name) { return set_simd_level(name.c_str()); });
   m.attr("RECORD_BYTES") = py::dict(py::arg("piece") = sizeof(Piece), py::arg("task") = sizeof(Task),
                                     py::arg("rule") = sizeof(Rule), py::arg("delta") = sizeof(Delta),
-                                    py::arg("select_task") = sizeof(SelectTask),
+                                    py::arg("group") = sizeof(VariantGroup), py::arg("variant") = sizeof(Variant),
+                                    py::arg("use") = sizeof(Use), py::arg("select_task") = sizeof(SelectTask),
                                     py::arg("select_query") = sizeof(SelectQuery),
                                     py::arg("mask_tensor") = sizeof(MaskTensor),
                                     py::arg("mask_task") = sizeof(MaskTask),

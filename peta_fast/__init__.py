@@ -7,6 +7,8 @@ import importlib
 _PUBLIC = {
     "merge": "peta_fast.merging",
     "merge_state_dicts": "peta_fast.merging",
+    "merge_batch": "peta_fast.batches",
+    "sweep": "peta_fast.sweeps",
     "load_recipe": "peta_fast.recipe",
     "make_plan": "peta_fast.plan",
     "open_checkpoint": "peta_fast.formats",

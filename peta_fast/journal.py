@@ -68,12 +68,13 @@ class Journal:
     """Appends to the journal of one output directory, which no other process may do meanwhile.
 
     head  the first line of a new journal; None goes on with the one that is there
+    name  of its file
 
     Raises ResourceError when it cannot be written, or another process is at it.
     """
 
-    def __init__(self, out: Path, head: dict | None):
-        self.path = out / JOURNAL
+    def __init__(self, out: Path, head: dict | None, name: str = JOURNAL):
+        self.path = out / name
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | (os.O_CREAT if head else 0), 0o666)
         except OSError as error:

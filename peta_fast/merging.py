@@ -77,7 +77,7 @@ def merge(
     if out is None:
         raise RecipeError("out", "expected a folder for the merged checkpoint, got none")
     if method is not None and recipe is None:
-        recipe = _spelled_out(method, base, models or (), parameters)
+        recipe = spelled_out(method, base, models or (), parameters)
     elif recipe is None or parameters or not method is base is models is None:
         given = {"recipe": recipe, "method": method, "base": base, "models": models, **parameters}
         got = ", ".join(key for key, value in given.items() if value is not None) or "nothing"
@@ -139,7 +139,7 @@ def merge_state_dicts(
     beside = Beside(_named_beside(parameters))
     names = [f"model {t}" for t in range(len(models))]
     settings = {"seed": seed, "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None}
-    spelled = _spelled_out(
+    spelled = spelled_out(
         method, None if base is None else "base", names, {**settings, "trim_scope": trim_scope, **parameters}
     )
     recipe = load_recipe(spelled, compat=compat)
@@ -166,7 +166,7 @@ def merge_state_dicts(
 RECIPE_KEYS = ("seed", "dtype", "out_dtype", "trim_scope", "tokenizer_source", "chat_template", "name")
 
 
-def _spelled_out(method: str, base, models: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def spelled_out(method: str, base, models: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe that says what keywords say, so that one set of checks serves all."""
     if isinstance(models, str | Path):
         raise RecipeError("models", f"expected a list of models, got {str(models)!r}")
@@ -283,9 +283,7 @@ class Place:
 def _places(tensors: list[TensorPlan], like: MemorySource, out: Mapping[str, Any] | None) -> dict[str, Place]:
     """Where everything goes: new tensors, of which tied names share one, or those of `out`."""
     if out is not None:
-        places = {t.name: _place_in(out, t) for t in tensors}
-        _refuse_shared(tensors, places)
-        return places
+        return places_in(tensors, out)
     places = {}
     for tensor in tensors:
         if tensor.action == "alias":
@@ -293,6 +291,13 @@ def _places(tensors: list[TensorPlan], like: MemorySource, out: Mapping[str, Any
         else:
             value = _empty(tensor, like.state[tensor.name])
             places[tensor.name] = Place(value, _buffer(value, tensor.dtype))
+    return places
+
+
+def places_in(tensors: Sequence[TensorPlan], out: Mapping[str, Any]) -> dict[str, Place]:
+    """The tensors of `out` that take a merge in place. Raises CompatibilityError for those that do not fit."""
+    places = {t.name: _place_in(out, t) for t in tensors}
+    _refuse_shared(tensors, places)
     return places
 
 

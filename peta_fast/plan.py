@@ -157,7 +157,7 @@ def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_onl
     _refuse_named_template(recipe)
     tokenizer = _tokenizer(recipe)
     sources = {ref: _open(ref) for ref in recipe.references()}
-    masks = _open_masks(recipe)
+    masks = open_masks(recipe)
     beside = Beside()
     tensors = plan_tensors(recipe, sources, masks, beside)
     if trained_only:
@@ -193,7 +193,8 @@ def _open(ref: ModelRef):
     return open_checkpoint(locate(ref.path, ref.revision))
 
 
-def _open_masks(recipe: Recipe):
+def open_masks(recipe: Recipe):
+    """The opened file of masks, None for methods without."""
     if not is_masked(recipe):
         return None
     module = recipe.modules[0]

@@ -13,12 +13,12 @@ Source: mergekit's recipes, which are read unchanged; their meaning was observed
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peta_fast import methods
 from peta_fast._recipe_reader import IGNORED_PARAMETERS, IGNORED_PREFIX, LAYOUTS, RecipeReader
-from peta_fast._recipe_settings import Condition, Setting, setting_schema
+from peta_fast._recipe_settings import Condition, Setting, read_setting, setting_schema
 from peta_fast._recipe_spec import (
     COMPAT_NAMES,
     DTYPES,
@@ -29,11 +29,22 @@ from peta_fast._recipe_spec import (
     SliceSpec,
     SourceSpec,
 )
-from peta_fast._yaml_lines import MAX_BYTES, MAX_INTEGER, Faults, Located, locate_documents, locate_mapping, shown
+from peta_fast._yaml_lines import (
+    MAX_BYTES,
+    MAX_INTEGER,
+    Faults,
+    Located,
+    locate_documents,
+    locate_mapping,
+    nearest,
+    shown,
+)
+from peta_fast.methods import Key
 
 __all__ = [
     "COMPAT_NAMES", "DTYPES", "TRIM_SCOPES", "Condition", "ModelRef", "ModuleSpec", "Recipe", "Setting", "SliceSpec",
-    "SourceSpec", "load_recipe", "load_recipes", "recipe_schema",
+    "SourceSpec", "document_of", "edit_text", "load_recipe", "load_recipes", "read_value", "recipe_schema",
+    "unknown_name",
 ]  # fmt: skip
 
 
@@ -123,14 +134,44 @@ def _file_text(path: str | os.PathLike, label: str, faults: Faults) -> str:
 def _dump(root: Located) -> str:
     import yaml
 
-    def plain(node: Located) -> Any:
-        if isinstance(node.value, dict):
-            return {key: plain(member) for key, member in node.value.items()}
-        if isinstance(node.value, list):
-            return [plain(member) for member in node.value]
-        return node.value if isinstance(node.value, str | int | float | None) else str(node.value)
+    return yaml.safe_dump(_plain(root), sort_keys=False, allow_unicode=True)
 
-    return yaml.safe_dump(plain(root), sort_keys=False, allow_unicode=True)
+
+def _plain(node: Located) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(member) for key, member in node.value.items()}
+    if isinstance(node.value, list):
+        return [_plain(member) for member in node.value]
+    return node.value if isinstance(node.value, str | int | float | None) else str(node.value)
+
+
+def document_of(source: str | os.PathLike) -> dict:
+    """The first document of a path or text as plain values, whatever is wrong with it as a recipe."""
+    plain = _plain(_documents(source, Faults())[0][0])
+    return plain if isinstance(plain, dict) else {}
+
+
+def edit_text(recipe: Recipe, edit: Callable[[dict], None]) -> str:
+    """The recipe's text as YAML with its document changed by `edit`; comments are lost, aliases written out."""
+    import yaml
+
+    faults = Faults()
+    document = _plain(locate_documents(recipe.text, recipe.name or "recipe", faults)[0][0])
+    edit(document)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def read_value(value: Any, key: Key) -> Any:
+    """One value of a method's key, checked as a recipe's is. Raises RecipeError."""
+    faults = Faults()
+    (condition,) = read_setting(Located(value, key.name), key, faults)
+    faults.raise_all()
+    return condition.values[0]
+
+
+def unknown_name(word: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest name, or all of them."""
+    return nearest(word, tuple(names))
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -87,7 +87,7 @@ def run(
     began = time.perf_counter()
     with Output(plan, Path(out), resume=resume, force=force) as output:
         pending = output.pending(threads)
-        content = _Content(plan)
+        content = Content(plan)
         meter = _Meter(plan, content, pending, progress)
         notes: dict[str, dict] = {}
         if pending:
@@ -112,7 +112,7 @@ def run(
 class _Meter:
     """Adds up what has been done and tells it; what a killed run has left counts as done."""
 
-    def __init__(self, plan: Plan, content: _Content, pending: list[Slab], tell: Callable[[Progress], None] | None):
+    def __init__(self, plan: Plan, content: Content, pending: list[Slab], tell: Callable[[Progress], None] | None):
         skipped = set(slabs_of(plan.layouts, plan.slab)).difference(pending)
         self.to_read = plan.bytes_read - sum(content.bytes_read(slab) for slab in skipped) if pending else 0
         self.to_write = plan.bytes_written - sum(slab.size for slab in skipped) if pending else 0
@@ -129,11 +129,11 @@ class _Meter:
         self.add(tensor.input_bytes, "statistics", tensor.name)
 
 
-def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab], content: _Content, meter) -> None:
-    ring = _Ring(plan.slab, min(RING, len(pending)))
+def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab], content: Content, meter) -> None:
+    ring = Ring(plan.slab, min(RING, len(pending)))
     writer = _Writer(output, ring)
-    reader = _ReadAhead(plan)
-    batches = _Batches(plan, content, pending)
+    reader = ReadAhead(plan)
+    batches = Batches(plan, content, pending)
     release = _Release(plan)
     try:
         for i, slab in enumerate(pending):
@@ -156,10 +156,10 @@ def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab],
     writer.finish()
 
 
-class _Batches:
+class Batches:
     """Runs of slabs whose tensors are got ready together: statistics of many small tensors in one call."""
 
-    def __init__(self, plan: Plan, content: _Content, pending: list[Slab]):
+    def __init__(self, plan: Plan, content: Content, pending: list[Slab]):
         self.content, self.pending = content, pending
         self.limit = 0 if is_whole_tensor(plan.recipe) else batch_size(plan.slab)
         self.stop = 0
@@ -191,9 +191,9 @@ def _fill(engine: Engine, parts: list[Part], buffer: Buffer, size: int) -> None:
     """Makes one slab of `size` bytes; what no tensor covers is zero, to the end of the last page."""
     filled = 0
     for part in parts:
-        _clear(buffer, filled, part.offset)
+        clear(buffer, filled, part.offset)
         filled = part.offset + part.stop - part.start
-    _clear(buffer, filled, min(-(-size // PAGE) * PAGE, buffer.size))
+    clear(buffer, filled, min(-(-size // PAGE) * PAGE, buffer.size))
     engine.fill(
         [
             Piece(p.tensor, p.start, p.stop, Buffer(buffer.address + p.offset, "U8", p.stop - p.start, buffer))
@@ -202,7 +202,8 @@ def _fill(engine: Engine, parts: list[Part], buffer: Buffer, size: int) -> None:
     )
 
 
-def _clear(buffer: Buffer, start: int, stop: int) -> None:
+def clear(buffer: Buffer, start: int, stop: int) -> None:
+    """Zeros the bytes [start, stop)."""
     if stop > start:
         buffer.as_bytes()[start:stop] = bytes(stop - start)
 
@@ -217,7 +218,7 @@ class Part:
     offset: int
 
 
-class _Content:
+class Content:
     """Which parts of which tensors each slab holds."""
 
     def __init__(self, plan: Plan):
@@ -250,7 +251,7 @@ class _Content:
         return round(count)
 
 
-class _Ring:
+class Ring:
     """Page-aligned buffers that go from the maker to the writer and back."""
 
     def __init__(self, size: int, count: int):
@@ -278,7 +279,7 @@ class _Ring:
 class _Writer:
     """Writes slabs in the order they come, on a thread of its own."""
 
-    def __init__(self, output: Output, ring: _Ring):
+    def __init__(self, output: Output, ring: Ring):
         self.output, self.ring = output, ring
         self.slabs: queue.SimpleQueue = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="peta_fast writer", daemon=True)
@@ -335,7 +336,7 @@ class _Release:
         self.thread.join()
 
 
-class _ReadAhead:
+class ReadAhead:
     """Asks the kernel for inputs, each range once; `needed` where they seem not to be in memory yet."""
 
     def __init__(self, plan: Plan):

@@ -16,7 +16,7 @@ import numpy as np
 
 from peta_fast._native import native
 from peta_fast.buffers import Buffer
-from peta_fast.ops import delta_merge, order_statistics, plain, task_statistics
+from peta_fast.ops import delta_merge, merge_variants, order_statistics, plain, task_statistics
 
 NATIVE = native()
 LEVELS = ("baseline", "avx2", "avx512")
@@ -36,7 +36,7 @@ def running_on(name: str) -> Iterator[ModuleType]:
     module = plain if name == "plain" else NATIVE
     before = NATIVE.simd() if NATIVE else ""
     with contextlib.ExitStack() as stack:
-        for op in (delta_merge, order_statistics, task_statistics):
+        for op in (delta_merge, merge_variants, order_statistics, task_statistics):
             stack.enter_context(mock.patch.object(op, "backend", lambda: module))
         if name != "plain":
             assert module.set_simd(name), name

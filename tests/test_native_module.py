@@ -35,8 +35,8 @@ TIES = DeltaMerge(terms_of(3, Top(5000)), elect="weighted", divide="agreeing-wei
 @needs_native
 def test_records_have_the_layout_of_the_native_structs():
     ours = {"piece": r.PIECE, "task": r.TASK, "rule": r.RULE, "delta": r.DELTA, "select_task": r.SELECT_TASK,
-            "select_query": r.SELECT_QUERY, "mask_tensor": masks.TENSOR, "mask_task": masks.TASK,
-            "mask_settings": masks.SETTINGS}  # fmt: skip
+            "select_query": r.SELECT_QUERY, "group": r.GROUP, "variant": r.VARIANT, "use": r.USE,
+            "mask_tensor": masks.TENSOR, "mask_task": masks.TASK, "mask_settings": masks.SETTINGS}  # fmt: skip
     assert {name: layout.itemsize for name, layout in ours.items()} == dict(NATIVE.RECORD_BYTES)
     assert plain.RECORD_BYTES.items() <= dict(NATIVE.RECORD_BYTES).items()
 

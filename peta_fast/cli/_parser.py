@@ -34,10 +34,15 @@ class Argument:
 
 
 class Option:
-    """--name VALUE, or for bool --name; "--name/--no-name" has both. low: least number. An empty help hides it."""
+    """--name VALUE, or for bool --name; "--name/--no-name" has both. low: least number. An empty help hides it.
 
-    def __init__(self, *names: str, help: str = "", low: int | float | None = None):
-        self.names, self.help, self.low = names, help, low
+    several: for lists, one --name takes all words up to the next option; metavar: what they are called
+    """
+
+    def __init__(
+        self, *names: str, help: str = "", low: int | float | None = None, several: bool = False, metavar: str = "X"
+    ):
+        self.names, self.help, self.low, self.several, self.metavar = names, help, low, several, metavar
 
 
 class Rest:
@@ -121,7 +126,8 @@ def _add_option(parser, name: str, kind: Any, mark: Option, default: Any) -> Non
         if any(off):
             parser.add_argument(*filter(None, off), dest=name, action="store_false", help=argparse.SUPPRESS)
     elif get_origin(kind) is list:
-        parser.add_argument(*mark.names, dest=name, action="append", default=default, help=shown, metavar="X")
+        settings = {"action": "extend", "nargs": "+"} if mark.several else {"action": "append"}
+        parser.add_argument(*mark.names, dest=name, default=default, help=shown, metavar=mark.metavar, **settings)
     else:
         metavar = "N" if kind in (int, float) else mark.names[0].rpartition("-")[2].upper()
         reader = _number(kind, mark.low) if kind in (int, float) else kind

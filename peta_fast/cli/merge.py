@@ -14,8 +14,8 @@ __all__ = ["EPILOG", "merge"]
 
 
 def merge(
-    recipe: Annotated[Path, Argument("RECIPE", "mergekit's YAML")],
-    out: Annotated[Path, Argument("OUT", "folder for what comes out")],
+    recipe: Annotated[Path, Argument("RECIPE", "mergekit's YAML; several named recipes between --- are a batch")],
+    out: Annotated[Path, Argument("OUT", "folder for what comes out; of a batch, each recipe's is OUT/NAME")],
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and write nothing.")] = False,
     resume: Annotated[bool, Option("--resume", help="Go on with a killed merge.")] = False,
     force: Annotated[bool, Option("--force", help="Replace a checkpoint in OUT.")] = False,
@@ -38,9 +38,15 @@ def merge(
 ) -> int:
     """Merge the models that a recipe names."""
     refuse_gpu(device, gpu)
-    from peta_fast.cli._planning import planned
+    from peta_fast.cli._planning import loaded_all, planned
 
-    plan = planned(recipe, compat, seed, max_memory, max_shard_size, threads, transformers_cache, trained_only)
+    named = loaded_all(recipe, compat, seed)
+    if len(named) > 1:
+        from peta_fast.cli._batch import run_batch
+
+        options = {"resume": resume, "force": force, "allow_nonfinite": allow_nonfinite, "threads": threads}
+        return run_batch(named, out, max_memory, max_shard_size, transformers_cache, dry_run, quiet, as_json, options)
+    plan = planned(named[0][1], None, None, max_memory, max_shard_size, threads, transformers_cache, trained_only)
     if dry_run:
         from peta_fast.cli._plan_text import print_plan
 

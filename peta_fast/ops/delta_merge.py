@@ -147,6 +147,7 @@ class Inputs:
     models  T buffers of the same size
     masks   T masks, when the spec is masked
     labels  who the base (first) and the models are, for errors; files, as a rule
+    streams (seed, position) that key each task's random numbers; else the seed of the merge, and the task's place
     """
 
     name: str
@@ -155,6 +156,7 @@ class Inputs:
     models: tuple[Buffer, ...]
     masks: tuple[MaskBuffer, ...] = ()
     labels: tuple[str, ...] = ()
+    streams: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -276,14 +278,15 @@ def _prepare_one(spec, inputs, ranks, seed, majority, threads) -> Prepared:
         for t, term in enumerate(spec.terms):
             record = tasks[b * len(spec.terms) + t]
             _fill_task(record, term, inputs, t, means[t])
-            record["key"] = philox_key(seed, t, inputs.name) if _is_random(term.keep) else 0
+            stream = inputs.streams[t] if inputs.streams else (seed, t)
+            record["key"] = philox_key(*stream, inputs.name) if is_random(term.keep) else 0
             _fill_keep(record, term.keep, ranks[b][t], b * step)
-    prepared = Prepared(spec, inputs, tasks, _rule(spec, majority), [t.keep for t in spec.terms])
+    prepared = Prepared(spec, inputs, tasks, rule_of(spec, majority), [t.keep for t in spec.terms])
     _restore_l1(prepared, means, threads)
     return prepared
 
 
-def _is_random(keep: Keep) -> bool:
+def is_random(keep: Keep) -> bool:
     return isinstance(keep, (Random, RankedRandom))
 
 
@@ -349,7 +352,7 @@ def _mask_mean(mask: MaskBuffer, size: int, threads: int) -> float:
     return int(np.unpackbits(raw, count=size, bitorder="little").sum()) / size
 
 
-def _rule(spec: DeltaMerge, majority: int) -> tuple:
+def rule_of(spec: DeltaMerge, majority: int) -> tuple:
     constant = not isinstance(spec.divide, str)
     fallback = {"drop": 0, "plus": 1, "minus": -1, "majority-minus": majority or -1, "majority-plus": majority or 1}
     return (
@@ -375,7 +378,7 @@ def merge(jobs: Sequence[Job], *, threads: int = 0, allow_nonfinite: bool = Fals
     table = batch.run(records.MERGE)
     if not allow_nonfinite:
         for i in np.flatnonzero(table["nonfinite"]):
-            _refuse_nonfinite(*batch.owners[int(i)], int(table["nonfinite"][i]))
+            refuse_nonfinite(*batch.owners[int(i)], int(table["nonfinite"][i]))
 
 
 class _Batch:
@@ -395,9 +398,9 @@ class _Batch:
         inputs, count = job.prepared.inputs, len(job.prepared.spec.terms)
         blocks = len(job.prepared.tasks) // count if count else 1
         step = max(inputs.size // max(blocks, 1), 1)
-        for start, stop, block in _cut(job.start, job.stop, step, blocks):
+        for start, stop, block in cut(job.start, job.stop, step, blocks):
             mine = job.prepared.tasks[block * count : (block + 1) * count].copy()
-            _point_at(mine, job.prepared, start, stop, self.keep_alive, self.threads)
+            point_at(mine, job.prepared, start, stop, self.keep_alive, self.threads)
             base = inputs.base.slice(start, stop) if inputs.base is not None else None
             out = job.out.slice(start - job.start, stop - job.start)
             self.pieces.append((
@@ -419,7 +422,7 @@ class _Batch:
         return table
 
 
-def _cut(start: int, stop: int, step: int, blocks: int):
+def cut(start: int, stop: int, step: int, blocks: int):
     """[start, stop) cut where the blocks of the trim scope end."""
     while start < stop:
         block = min(start // step, blocks - 1)
@@ -428,7 +431,7 @@ def _cut(start: int, stop: int, step: int, blocks: int):
         start = end
 
 
-def _point_at(tasks, prepared: Prepared, start: int, stop: int, keep_alive, threads: int) -> None:
+def point_at(tasks, prepared: Prepared, start: int, stop: int, keep_alive, threads: int) -> None:
     """Moves task records to the elements [start, stop), computing what is needed for these alone."""
     inputs = prepared.inputs
     for t, record in enumerate(tasks):
@@ -482,7 +485,7 @@ def _kept_norms(prepared: Prepared, threads: int) -> np.ndarray:
         stop = min(start + NORM_TILE, size)
         tasks, keep_alive = prepared.tasks.copy(), []
         tasks["prescale"] = 1.0
-        _point_at(tasks, prepared, start, stop, keep_alive, threads)
+        point_at(tasks, prepared, start, stop, keep_alive, threads)
         tasks["mask"] = 0
         base = prepared.inputs.base
         piece = np.zeros(1, records.PIECE)
@@ -507,10 +510,10 @@ def sign_total(prepared: Sequence[Prepared], *, threads: int = 0) -> int:
 
 def with_majority(prepared: Prepared, majority: int) -> Prepared:
     """The same merge with the model's majority sign (-1, 0, 1) known."""
-    return replace(prepared, rule=_rule(prepared.spec, majority))
+    return replace(prepared, rule=rule_of(prepared.spec, majority))
 
 
-def _refuse_nonfinite(prepared: Prepared, start: int, stop: int, flags: int) -> None:
+def refuse_nonfinite(prepared: Prepared, start: int, stop: int, flags: int) -> None:
     inputs = prepared.inputs
     everyone = ([inputs.base] if inputs.base is not None else []) + list(inputs.models)
     labels = inputs.labels or (("base",) if inputs.base is not None else ()) + tuple(

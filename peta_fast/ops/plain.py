@@ -13,7 +13,8 @@ from peta_fast.ops import records as r
 CHUNK = 1 << 18
 """Elements at once; a multiple of BLOCK."""
 
-RECORD_BYTES = {"piece": r.PIECE.itemsize, "task": r.TASK.itemsize, "rule": r.RULE.itemsize}
+RECORD_BYTES = {"piece": r.PIECE.itemsize, "task": r.TASK.itemsize, "rule": r.RULE.itemsize,
+                "group": r.GROUP.itemsize, "variant": r.VARIANT.itemsize, "use": r.USE.itemsize}  # fmt: skip
 F32 = np.float32
 ITEM = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.uint16)}
 
@@ -203,6 +204,22 @@ def delta_merge(mode: int, pieces, tasks, rules, threads: int = 0) -> None:
             for start in range(0, int(piece["size"]), CHUNK):
                 count = min(CHUNK, int(piece["size"]) - start)
                 _MODES[mode](piece, rules[piece["rule"]], mine, start, count)
+
+
+def merge_variants(groups, terms, variants, uses, rules, threads: int = 0) -> None:
+    """Each variant by itself: what they share is made anew for each."""
+    for group in groups:
+        mine = terms[group["first_term"] :]
+        for variant in variants[group["first_variant"] :][: group["variants"]]:
+            used = uses[variant["first_use"] :][: variant["uses"]]
+            tasks = mine[used["term"]]
+            tasks["weight"] = used["weight"]
+            piece = np.zeros(1, r.PIECE)
+            for name in ("base", "size", "start", "base_dtype"):
+                piece[name] = group[name]
+            piece["out"], piece["out_dtype"], piece["tasks"] = variant["out"], variant["out_dtype"], len(tasks)
+            delta_merge(r.MERGE, piece, tasks, rules[variant["rule"] :])
+            variant["nonfinite"] = piece["nonfinite"][0]
 
 
 def _merge_chunk(piece, rule, tasks, start: int, count: int) -> None:

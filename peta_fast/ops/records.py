@@ -46,6 +46,14 @@ PIECE = _layout(
     ("first_task", "i8"), ("sign_total", "i8"), ("tasks", "i4"), ("rule", "i4"),
     ("base_dtype", "i4"), ("out_dtype", "i4"), ("sign_dtype", "i4"), ("nonfinite", "u4"),
 )  # fmt: skip
+USE = _layout(("term", "i4"), ("weight", "f4"))
+VARIANT = _layout(
+    ("out", "u8"), ("first_use", "i8"), ("uses", "i4"), ("rule", "i4"), ("out_dtype", "i4"), ("nonfinite", "u4")
+)  # fmt: skip
+GROUP = _layout(
+    ("base", "u8"), ("size", "i8"), ("start", "i8"), ("first_term", "i8"), ("first_variant", "i8"),
+    ("terms", "i4"), ("variants", "i4"), ("base_kind", "i4"), ("base_dtype", "i4"),
+)  # fmt: skip
 SELECT_TASK = _layout(
     ("delta", DELTA), ("size", "i8"), ("first_query", "i8"), ("group", "i8"), ("queries", "i4"), ("pad", "i4")
 )  # fmt: skip
