@@ -18,7 +18,7 @@ from peta_fast._tensor_plan import (
     tensor_info,
     wants_gram,
 )
-from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer
+from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer, FactorsBuffer
 from peta_fast.errors import CheckpointError
 from peta_fast.methods import TensorSpec
 from peta_fast.ops import backend
@@ -36,6 +36,7 @@ from peta_fast.ops.delta_merge import (
     with_majority,
 )
 from peta_fast.ops.order_statistics import MagnitudeHistogram, Rank
+from peta_fast.ops.factors import formed
 from peta_fast.ops.records import BASE_ZERO
 from peta_fast.ops.task_statistics import task_statistics
 from peta_fast.plan import merged_size
@@ -109,13 +110,21 @@ class Engine:
 
     def inputs(self, tensor: TensorPlan) -> Inputs:
         base = self._buffer(tensor.base) if tensor.base else None
-        models = tuple(self._buffer(m) for m in tensor.models)
+        models = tuple(self._model(tensor, place) for place in tensor.models)
         labels = tuple(self._label(place, tensor.name) for place in tensor.inputs)
         masks = self._masks(tensor) if self.masks is not None and tensor.action == "merge" else ()
         return Inputs(tensor.name, tensor.shape, base, models, masks, labels)
 
     def _buffer(self, place: tuple[ModelRef, str]) -> Buffer:
         return self.sources[place[0]].buffer(place[1])
+
+    def _model(self, tensor: TensorPlan, place: tuple[ModelRef, str]) -> Buffer:
+        """A model's tensor; only its change, where that is what an adapter makes of the tensor's base."""
+        source = self.sources[place[0]]
+        change = None
+        if tensor.base and tensor.action == "merge" and not is_whole_tensor(self.recipe) and hasattr(source, "change"):
+            change = source.change(place[1], self.sources[tensor.base[0]], tensor.base[1])
+        return self._buffer(place) if change is None else change
 
     def _label(self, place: tuple[ModelRef, str], name: str) -> str:
         """The file of an input and, where the output has another name, the tensor's there."""
@@ -211,6 +220,8 @@ def run_whole_tensor(recipe: Recipe, tensor: TensorPlan, inputs: Inputs):
     import torch
 
     def as_tensor(buffer: Buffer):
+        if isinstance(buffer, FactorsBuffer):
+            return torch.from_numpy(formed(buffer)).reshape(tensor.shape)
         raw = np.array(np.frombuffer(buffer.as_bytes(), np.uint8))
         return torch.from_numpy(raw).view(getattr(torch, LONG_NAMES[buffer.dtype])).reshape(tensor.shape)
 

@@ -39,7 +39,8 @@ PF_INLINE void take_out_ends(uint32_t* values, int64_t n, const Bracket& bracket
 extern "C" void PETA_JOIN(peta_count_block_, PETA_VARIANT)(const Delta& given, int64_t begin, int n,
                                                            const Bracket& given_bracket, BlockCount& result,
                                                            uint32_t* inside) {
-  const Delta delta = given;
+  alignas(64) float tile[kTile];
+  const Delta delta = formed(given, begin, n, tile);
   const Bracket bracket = given_bracket;
   constexpr uint32_t kAll = (1u << W) - 1u;
   const int whole = n / W * W;
