@@ -22,6 +22,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"plan": ("plan", "_assignment", "_tensor_plan")},
     {"run": ("run", "_engine", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
+    {"adapters": ("adapters",)},
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},
     {"the package itself": ("",)},
@@ -30,7 +31,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
 PART_OF = {module: part for layer in LAYERS for part, modules in layer.items() for module in modules}
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 LONGEST = 600
-MAY_IMPORT_TORCH = ("demo", "nn", "ops.linearized_lora")
+MAY_IMPORT_TORCH = ("adapters", "demo", "nn", "ops.linearized_lora", "ops.low_rank")
 """Modules, with all that stands below them."""
 
 

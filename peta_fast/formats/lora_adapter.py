@@ -49,6 +49,7 @@ class LoraModule:
     rank, alpha, scaling
     embedding  whether dW is (B A)^T because the module is an Embedding
     shape      of B A once everything behind the first dimension is flattened: (out, in)
+    stored     shapes of A and B in the file
     """
 
     name: str
@@ -59,6 +60,7 @@ class LoraModule:
     scaling: float
     embedding: bool
     shape: tuple[int, int]
+    stored: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     @property
     def tensor(self) -> str:
@@ -232,7 +234,7 @@ class _Keys:
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(self.file, f"lora_alpha of {name!r} is {alpha!r}, expected a number")
         scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        return LoraModule(name, A, B, rank, alpha, scaling, embedding, (b[0], math.prod(a[1:])))
+        return LoraModule(name, A, B, rank, alpha, scaling, embedding, (b[0], math.prod(a[1:])), (a, b))
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

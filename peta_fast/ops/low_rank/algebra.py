@@ -123,18 +123,10 @@ def truncated(change: LowRank, rank: int, dtype: torch.dtype = torch.float32) ->
     kept = min(rank, found.S.numel())
     root = found.S[:kept].sqrt()
     B, A = found.left(kept) * root, (found.right(kept) * root).T
-    stored = LowRank(*_padded(B, A, rank, dtype))
+    stored = LowRank(B.to(dtype), A.to(dtype).contiguous())
     dropped = found.S[kept:].square().sum().item()
-    rounding = _rounding(B, A, stored.B[:, :kept].double() - B, stored.A[:kept].double() - A)
+    rounding = _rounding(B, A, stored.B.double() - B, stored.A.double() - A)
     return Truncated(stored, found.norm, math.sqrt(dropped + rounding))
-
-
-def _padded(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """With zeros up to the rank that was asked for, so that all modules come out with one."""
-    more = rank - A.shape[0]
-    if more <= 0:
-        return B.to(dtype).contiguous(), A.to(dtype).contiguous()
-    return torch.cat((B, B.new_zeros(len(B), more)), 1).to(dtype), torch.cat((A, A.new_zeros(more, A.shape[1]))).to(dtype)
 
 
 def _rounding(B: Tensor, A: Tensor, dB: Tensor, dA: Tensor) -> float:

@@ -75,7 +75,7 @@ def refactored(
     dtype: torch.dtype = torch.float32,
     energy: float | None = None,
 ) -> Refactored:
-    """B [m, rank] and A [rank, n] with B A ~ D, in `dtype`.
+    """B [m, k] and A [k, n] with B A ~ D, in `dtype`; k = rank, or the smallest side of D, or less by `energy`.
 
     seed    of Omega, drawn on the CPU: one seed, one result on one machine
     energy  keep the fewest ranks that hold this share of the squared norm, and at most `rank`
@@ -99,10 +99,8 @@ def refactored(
     kept = min(rank, S.numel())
     if energy is not None and squares:
         kept = min(kept, 1 + int((S.square().cumsum(0) < energy * squares).sum()))
-        rank = kept
     root = S[:kept].sqrt()
-    B, A = U[:, :kept] * root, root[:, None] * (Wh[:kept] @ X.double().T)
-    B, A = _stored(B, rank, 1, dtype), _stored(A, rank, 0, dtype)
+    B, A = (U[:, :kept] * root).to(dtype), (root[:, None] * (Wh[:kept] @ X.double().T)).to(dtype)
     return Refactored(LowRank(B, A), math.sqrt(squares), math.sqrt(_squared_error(tiles, B.float(), A.float())))
 
 
@@ -123,12 +121,6 @@ def _tall_svd(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q, R = torch.linalg.qr(Y)
     U, S, Wh = torch.linalg.svd(R, full_matrices=False)
     return Q @ U, S, Wh
-
-
-def _stored(factor: Tensor, rank: int, dim: int, dtype: torch.dtype) -> Tensor:
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat((factor, factor.new_zeros(shape)), dim).to(dtype).contiguous()
 
 
 def _squared_error(tiles: Tiles, B: Tensor, A: Tensor) -> float:

@@ -1,0 +1,90 @@
+"""Adapters into a base, shard by shard: a recipe whose models are the base with one adapter each.
+
+    one adapter, no method    W + s B A, and its whole tensors in the place of the base's
+    several, or a method      W + method(s_1 B_1 A_1, .., s_T B_T A_T), by default their weighted sum
+
+fp32, ranks ascending, one rounding, in the streaming engine: bounded memory, resumable, published whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peta_fast.errors import RecipeError
+from peta_fast.merging import merge, parse_bytes
+from peta_fast.plan import Plan, make_plan
+from peta_fast.recipe import load_recipe
+from peta_fast.run import Progress, Report
+
+
+def apply_adapters(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str | None = None,
+    weights: Sequence[Any] | None = None,
+    compat: str | None = None,
+    max_memory: str | int = "768MB",
+    max_shard_size: str | int = "5GB",
+    threads: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    **parameters: Any,
+) -> Report:
+    """Writes the base with the adapters in it to the folder `out`, as `peta-fast adapter apply` does.
+
+        apply_adapters("base", ["math", "code"], "merged", weights=[0.6, 0.4])
+        apply_adapters("base", ["math", "code"], "merged", method="ties", density=0.2)
+
+    method      None: the sum of the changes; else any method of recipes that merges task vectors
+    weights     one an adapter: a number, a list (a gradient over the layers), or a list of {filter, value}
+    parameters  the method's keys, and the recipe's: dtype, out_dtype, seed, trim_scope
+
+    Raises RecipeError, CheckpointError, CompatibilityError (a key that matches nothing, another base's shapes) or
+    ResourceError; nothing appears in `out` then.
+    """
+    recipe = load_recipe(apply_recipe(base, adapters, method=method, weights=weights, **parameters), compat=compat)
+    return merge(
+        recipe, out, max_memory=max_memory, max_shard_size=max_shard_size, threads=threads, resume=resume, force=force,
+        allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
+
+
+def plan_apply(recipe: dict[str, Any], compat: str | None, max_memory: str, max_shard_size: int, threads: int) -> Plan:
+    """The plan that apply_adapters runs."""
+    found = load_recipe(recipe, compat=compat)
+    return make_plan(
+        found, max_memory=parse_bytes(max_memory, "max_memory"), max_shard_size=max_shard_size, threads=threads
+    )
+
+
+def apply_recipe(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    method: str | None = None,
+    weights: Sequence[Any] | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """The recipe that applying these adapters is."""
+    if isinstance(adapters, str | Path) or not adapters:
+        raise RecipeError("adapters", f"expected a list of at least one adapter, got {adapters!r}")
+    if weights is not None and len(weights) != len(adapters):
+        raise RecipeError("weights", f"expected {len(adapters)}, one an adapter, got {len(weights)}")
+    top = {key: parameters.pop(key) for key in TOP_KEYS if key in parameters}
+    models: list[dict[str, Any]] = [{"model": [str(base), str(adapter)]} for adapter in adapters]
+    if method is None and len(models) == 1 and weights in (None, [1], [1.0]) and not parameters:
+        return {"method": "passthrough", "models": models, **top}
+    for model, weight in zip(models, weights or [1.0] * len(models), strict=True):
+        model["parameters"] = {"weight": weight}
+    return {
+        "method": method or "task_arithmetic", "base_model": str(base), "models": models, "parameters": parameters, **top
+    }  # fmt: skip
+
+
+TOP_KEYS = ("dtype", "out_dtype", "seed", "trim_scope", "tokenizer_source", "chat_template", "name")
