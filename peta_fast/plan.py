@@ -235,8 +235,7 @@ class _Planner:
         infos = [tensor_info(self.sources, place) for place in places]
         first = infos[0]
         self._compare(places, infos)
-        read = math.prod(first.shape) * sum(ITEMSIZE[i.dtype] for i in infos)
-        read += sum(getattr(i, "read_bytes", 0) for i in infos)
+        read = self._bytes_read(places, infos)
         dtype = self.out_dtype or first.dtype
         if not is_floating(first.dtype):
             return self._copy(a, first, places, "not floating point")
@@ -251,6 +250,15 @@ class _Planner:
         read += self._check_masks(a, first)
         why = self._why_untied(a)
         return TensorPlan(a.name, "merge", dtype, first.shape, a.base, a.models, values, params, why, costs, read)
+
+    def _bytes_read(self, places, infos) -> int:
+        """Of one reading; a model and the same model under adapters are one."""
+        found: dict[Any, int] = {}
+        for place, info in zip(places, infos, strict=True):
+            source = self.sources[place[0]]
+            owner = source.origin_of(place[1]) if hasattr(source, "origin_of") else source
+            found[id(owner), place[1]] = math.prod(info.shape) * ITEMSIZE[info.dtype]
+        return sum(found.values()) + sum(getattr(info, "read_bytes", 0) for info in infos)
 
     def _copy(self, a: Assignment, info, places, why: str) -> TensorPlan:
         read = math.prod(info.shape) * ITEMSIZE[info.dtype]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peta_fast.errors import RecipeError
-from peta_fast.merging import merge, parse_bytes
-from peta_fast.plan import Plan, make_plan
+from peta_fast.merging import merge
 from peta_fast.recipe import load_recipe
 from peta_fast.run import Progress, Report
 
@@ -53,14 +52,6 @@ def apply_adapters(
         recipe, out, max_memory=max_memory, max_shard_size=max_shard_size, threads=threads, resume=resume, force=force,
         allow_nonfinite=allow_nonfinite, progress=progress,
     )  # fmt: skip
-
-
-def plan_apply(recipe: dict[str, Any], compat: str | None, max_memory: str, max_shard_size: int, threads: int) -> Plan:
-    """The plan that apply_adapters runs."""
-    found = load_recipe(recipe, compat=compat)
-    return make_plan(
-        found, max_memory=parse_bytes(max_memory, "max_memory"), max_shard_size=max_shard_size, threads=threads
-    )
 
 
 def apply_recipe(

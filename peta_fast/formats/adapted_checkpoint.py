@@ -180,7 +180,11 @@ class AdaptedCheckpoint:
         return FactorsBuffer.of(*self._sides(name))
 
     def _origin(self, name: str, start: int = 0, stop: int | None = None) -> Buffer:
-        return (self.replaced.get(name) or self.base).buffer(name, start, stop)
+        return self.origin_of(name).buffer(name, start, stop)
+
+    def origin_of(self, name: str) -> Checkpoint | LoraAdapter:
+        """Whose bytes a tensor, or what a change is added to, is."""
+        return self.replaced.get(name) or self.base
 
     def _sides(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """left [rows, ranks], right [ranks, columns] of all adapters, side by side in their order."""
