@@ -6,10 +6,11 @@
 namespace {
 
 #if defined(__AVX512F__)
-static constexpr int kWide = 4;  // vectors of a row at once: 4 rows of them fill the registers
+static constexpr int kTall = 6, kWide = 4;  // rows, and vectors of a row, whose sums are held in registers at once
 #else
-static constexpr int kWide = 2;
+static constexpr int kTall = 4, kWide = 2;
 #endif
+static constexpr int kPackedRank = 256;
 
 // out[r][0..C * W) of R rows, `stride` elements apart, from column j of right on.
 template <int R, int C>
@@ -47,13 +48,21 @@ PF_INLINE void form_row(const Factors& f, int64_t row, int64_t begin, int64_t en
 PF_INLINE void form_rows(const Factors& f, int64_t begin, int64_t end, float* out) {
   const float *left = (const float*)f.left, *right = (const float*)f.right;
   const int64_t columns = f.columns;
+  alignas(64) float packed[kPackedRank * kWide * W];  // rows of a power of two apart would share the cache's few sets
+  const bool packs = f.rank <= kPackedRank && end - begin > kTall;
   int64_t j = 0;
   for (; j + kWide * W <= columns; j += kWide * W) {
+    const float* part = right + j;
+    int64_t stride = columns;
+    if (packs) {
+      for (int k = 0; k < f.rank; ++k) memcpy(packed + k * kWide * W, part + k * columns, kWide * W * sizeof(float));
+      part = packed, stride = kWide * W;
+    }
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4)
-      form_block<4, kWide>(left + i * f.rank, right + j, f.rank, columns, out + (i - begin) * columns + j, columns);
+    for (; i + kTall <= end; i += kTall)
+      form_block<kTall, kWide>(left + i * f.rank, part, f.rank, stride, out + (i - begin) * columns + j, columns);
     for (; i < end; ++i)
-      form_block<1, kWide>(left + i * f.rank, right + j, f.rank, columns, out + (i - begin) * columns + j, columns);
+      form_block<1, kWide>(left + i * f.rank, part, f.rank, stride, out + (i - begin) * columns + j, columns);
   }
   for (int64_t i = begin; i < end && j < columns; ++i) form_row(f, i, j, columns, out + (i - begin) * columns + j);
 }

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from peta_fast.errors import RecipeError
+from peta_fast.formats.hub import locate
+from peta_fast.formats.lora_adapter import open_adapter
 from peta_fast.merging import merge
-from peta_fast.recipe import load_recipe
+from peta_fast.recipe import ModelRef, load_recipe
 from peta_fast.run import Progress, Report
 
 
@@ -62,16 +64,23 @@ def apply_recipe(
     weights: Sequence[Any] | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
-    """The recipe that applying these adapters is."""
+    """The recipe that applying these adapters is.
+
+    A sum with one weight an adapter is one model with a list of adapters: passed through, nothing else is read. Where
+    adapters replace whole tensors, a weighted sum of them is that of their differences from the base.
+    """
     if isinstance(adapters, str | Path) or not adapters:
         raise RecipeError("adapters", f"expected a list of at least one adapter, got {adapters!r}")
     if weights is not None and len(weights) != len(adapters):
         raise RecipeError("weights", f"expected {len(adapters)}, one an adapter, got {len(weights)}")
     top = {key: parameters.pop(key) for key in TOP_KEYS if key in parameters}
-    models: list[dict[str, Any]] = [{"model": [str(base), str(adapter)]} for adapter in adapters]
-    if method is None and len(models) == 1 and weights in (None, [1], [1.0]) and not parameters:
-        return {"method": "passthrough", "models": models, **top}
-    for model, weight in zip(models, weights or [1.0] * len(models), strict=True):
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if method is None and not parameters and all(isinstance(w, int | float) for w in weights):
+        if weights == [1.0] or not any(_opened(adapter).replaced for adapter in adapters):
+            listed = [f"{adapter}*{float(w)!r}" for adapter, w in zip(adapters, weights, strict=True)]
+            return {"method": "passthrough", "models": [{"model": [str(base), *listed]}], **top}
+    models = [{"model": [str(base), str(adapter)]} for adapter in adapters]
+    for model, weight in zip(models, weights, strict=True):
         model["parameters"] = {"weight": weight}
     return {
         "method": method or "task_arithmetic", "base_model": str(base), "models": models, "parameters": parameters, **top
@@ -79,3 +88,8 @@ def apply_recipe(
 
 
 TOP_KEYS = ("dtype", "out_dtype", "seed", "trim_scope", "tokenizer_source", "chat_template", "name")
+
+
+def _opened(adapter: str | Path):
+    ref = ModelRef.parse(str(adapter))
+    return open_adapter(locate(ref.path, ref.revision))

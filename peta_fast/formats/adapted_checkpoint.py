@@ -194,13 +194,19 @@ class AdaptedCheckpoint:
             return self._formed[name]
 
     def _stacked(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        lefts, rights = [], []
-        for adapter, weight, module, turns in self.changed[name]:
-            A, B = adapter.factors(module)
+        changes = self.changed[name]
+        ranks = sum(module.rank for _, _, module, _ in changes)
+        first = changes[0]
+        rows, columns = first[2].shape[::-1] if first[3] else first[2].shape
+        lefts, rights, done = np.empty((rows, ranks), np.float32), np.empty((ranks, columns), np.float32), 0
+        for adapter, weight, module, turns in changes:
+            A, B = adapter.factors(module, copy=False)
             left, right = (A.T, B.T) if turns else (B, A)
-            lefts.append((weight * module.scaling * left.astype(np.float64)).astype(np.float32))
-            rights.append(right.astype(np.float32))
-        return np.ascontiguousarray(np.concatenate(lefts, 1)), np.ascontiguousarray(np.concatenate(rights))
+            mine = slice(done, done + module.rank)
+            np.multiply(left, weight * module.scaling, out=lefts[:, mine], dtype=np.float64, casting="same_kind")
+            rights[mine] = right
+            done += module.rank
+        return lefts, rights
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         if name not in self.replaced:

@@ -96,18 +96,19 @@ class LoraAdapter:
     def fan_in_fan_out(self) -> bool:
         return bool(self.config.get("fan_in_fan_out", False))
 
-    def factors(self, module: LoraModule) -> tuple[np.ndarray, np.ndarray]:
-        """(A [r, in], B [out, r]), contiguous copies, fp64 as it is and everything else in fp32.
+    def factors(self, module: LoraModule, *, copy: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """(A [r, in], B [out, r]), contiguous, fp64 as it is and everything else in fp32.
 
+        copy  False leaves what needs no conversion where it is mapped, read-only
         Raises CheckpointError when one holds NaN or infinities.
         """
-        return self._matrix(module.A), self._matrix(module.B)
+        return self._matrix(module.A, copy), self._matrix(module.B, copy)
 
-    def _matrix(self, key: str) -> np.ndarray:
+    def _matrix(self, key: str, copy: bool) -> np.ndarray:
         info = self.stored_info(key)
-        found = numbers(self.stored.buffer(key)).reshape(info.shape[0], math.prod(info.shape[1:]))
-        bad = int(np.count_nonzero(~np.isfinite(found)))
-        if bad:
+        found = numbers(self.stored.buffer(key), copy).reshape(info.shape[0], math.prod(info.shape[1:]))
+        if not np.isfinite(found).all():
+            bad = int(np.count_nonzero(~np.isfinite(found)))
             raise CheckpointError(
                 str(info.file), f"{key!r}: expected finite values, got {bad} NaN or inf", "Train or download it again."
             )
@@ -248,12 +249,12 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
-def numbers(buffer: Buffer) -> np.ndarray:
-    """[size] a copy of the elements: fp64 as it is, other floats in fp32. Raises CompatibilityError for other dtypes."""
+def numbers(buffer: Buffer, copy: bool = True) -> np.ndarray:
+    """[size] the elements: fp64 as it is, other floats in fp32; mapped where no copy is wanted or needed. Raises CompatibilityError for other dtypes."""
     raw = np.frombuffer(buffer.as_bytes(), np.uint8)
     if buffer.dtype == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if buffer.dtype not in _NUMPY:
         raise CompatibilityError("adapter", f"a tensor is {buffer.dtype}, expected F64, F32, F16 or BF16", "Convert it.")
     found = raw.view(_NUMPY[buffer.dtype])
-    return found.astype(np.float64 if buffer.dtype == "F64" else np.float32)
+    return found.astype(np.float64 if buffer.dtype == "F64" else np.float32, copy=copy)
