@@ -11,6 +11,7 @@
 #include "concrete_mask/concrete_mask.h"
 #include "cpu.h"
 #include "delta_merge/delta_merge.h"
+#include "low_rank/low_rank.h"
 #include "merge_variants/merge_variants.h"
 #include "order_statistics/order_statistics.h"
 #include "philox.h"
@@ -38,9 +39,20 @@ void check_dtype(const char* who, int64_t i, int32_t dtype, int32_t last) {
   if (dtype < kF32 || dtype > last) fail(who, i, "unknown dtype code " + std::to_string(dtype));
 }
 
+// What a task or delta reads: elements of a plain dtype, or `size` formed elements of a factors record.
+void check_input(const char* who, int64_t i, uint64_t x, int32_t dtype, int64_t size) {
+  if (dtype != kFactors) return check_dtype(who, i, dtype, kBF16);
+  if (!x) return;
+  const Factors& f = *reinterpret_cast<const Factors*>(x);
+  if (f.rank < 1 || f.columns < 1 || f.first < 0 || size > INT64_MAX - f.first)
+    fail(who, i, "factors: rank, columns or place out of range");
+  if (!f.left || !f.right) fail(who, i, "factors: one is missing");
+  check_dtype(who, i, f.origin_dtype, kBF16);
+}
+
 void check_delta(const char* who, int64_t i, const Delta& d, int64_t size) {
   if (size < 0) fail(who, i, "size is negative");
-  check_dtype(who, i, d.dtype, kBF16);
+  check_input(who, i, d.x, d.dtype, size);
   check_dtype(who, i, d.base_dtype, kBF16);
   if (size && !d.x) fail(who, i, "no input");
   if (d.base_kind < kBaseTensor || d.base_kind > kBaseOne) fail(who, i, "unknown base kind");
@@ -48,7 +60,7 @@ void check_delta(const char* who, int64_t i, const Delta& d, int64_t size) {
 }
 
 void check_task(int64_t i, const Task& t) {
-  check_dtype("task", i, t.dtype, kBF16);
+  check_input("task", i, t.x, t.dtype, 0);
   if (t.mask) check_dtype("task", i, t.mask_dtype, kBytes);
   if (t.weights) check_dtype("task", i, t.weights_dtype, kBF16);
   if (t.keep < kKeepAll || t.keep > kKeepRandomPerElement) fail("task", i, "unknown keep rule");
@@ -262,6 +274,15 @@ uint64_t checksum_of(uint64_t from, int64_t bytes, int threads) {
   return checksum((const void*)from, bytes, threads);
 }
 
+void form_checked(py::array factors, int64_t size, py::array_t<float, py::array::c_style> out, int threads) {
+  const Factors* f = records<Factors>(factors, "factors", false);
+  if (factors.size() != 1 || size < 0 || out.size() != size) throw py::value_error("factors: expected one record");
+  check_input("factors", 0, reinterpret_cast<uint64_t>(f), kFactors, size);
+  float* p = out.mutable_data();
+  py::gil_scoped_release release;
+  form_low_rank(*f, size, p, threads);
+}
+
 py::array_t<uint32_t> philox(uint64_t key, uint64_t first, int count) {
   if (first % 4 || count < 0 || count > (1 << 30))
     throw py::value_error("philox_words: first must be a multiple of 4, count positive");
@@ -289,6 +310,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tree_sum", [](py::array_t<double, py::array::c_style> values) {
     return tree_sum(values.mutable_data(), values.size(), 1);
   });
+  m.def("form_factors", form_checked);
   m.def("copy_bytes", copy_bytes);
   m.def("checksum", checksum_of);
   m.def("philox_words", philox);
@@ -300,7 +322,7 @@ PYBIND11_MODULE(_cpu, m) {
                                     py::arg("rule") = sizeof(Rule), py::arg("delta") = sizeof(Delta),
                                     py::arg("group") = sizeof(VariantGroup), py::arg("variant") = sizeof(Variant),
                                     py::arg("use") = sizeof(Use), py::arg("select_task") = sizeof(SelectTask),
-                                    py::arg("select_query") = sizeof(SelectQuery),
+                                    py::arg("select_query") = sizeof(SelectQuery), py::arg("factors") = sizeof(Factors),
                                     py::arg("mask_tensor") = sizeof(MaskTensor),
                                     py::arg("mask_task") = sizeof(MaskTask),
                                     py::arg("mask_settings") = sizeof(MaskSettings));

@@ -1,4 +1,5 @@
-// A task vector as stored: fine-tuned elements and their base, or the ready difference.
+// A task vector as stored: fine-tuned elements and their base, or the ready difference. Where dtype is kFactors, x is the
+// address of a Factors record, whose elements are formed when they are wanted.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,7 @@
 // Loads of task vectors for variant files: whole vectors, and blocks staged in scratch with a padded end.
 #pragma once
 #include "delta.h"
+#include "low_rank/tile.h"
 #include "simd.h"
 
 namespace {
@@ -32,8 +33,22 @@ PF_INLINE float load_delta_one(const Delta& d, int64_t i) {
   return x - (d.base_kind == kBaseOne ? 1.0f : load_one(d.base, d.base_dtype, i));
 }
 
-// out[0..n) = the task vector from element `begin`; room for n rounded up to W, the rest zero.
-PF_INLINE void stage_delta(const Delta& d, int64_t begin, int n, float* out) {
+static constexpr int kTile = 4096;  // elements of a low-rank product that are formed at once
+
+// The same delta with elements [begin, begin + n), n <= kTile, in plain fp32: those of factors are formed in `tile`.
+PF_INLINE Delta formed(const Delta& given, int64_t begin, int n, float* tile) {
+  Delta d = given;
+  if (d.dtype != kFactors) return d;
+  form_tile(*(const Factors*)d.x, begin, n, tile);
+  d.x = (uint64_t)tile - uint64_t(begin) * sizeof(float);
+  d.dtype = kF32;
+  return d;
+}
+
+// out[0..n) = the task vector from element `begin`, n <= kTile; room for n rounded up to W, the rest zero.
+PF_INLINE void stage_delta(const Delta& given, int64_t begin, int n, float* out) {
+  alignas(64) float tile[kTile];
+  const Delta d = formed(given, begin, n, tile);
   int i = 0;
   for (; i + W <= n; i += W) {
     const vf v = load_delta(d, begin + i);

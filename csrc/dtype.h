@@ -8,6 +8,7 @@ enum Dtype : int32_t {
   kBF16 = 2,
   kBits = 3,   // masks only: one bit an element, little-endian within the byte
   kBytes = 4,  // masks only: zero or not, one byte an element
+  kFactors = 5,  // models only: the address is that of a Factors record (low_rank/low_rank.h)
 };
 
 // Static, not inline: a weak symbol out of an AVX file must never serve a CPU without AVX.

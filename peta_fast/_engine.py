@@ -20,7 +20,7 @@ from peta_fast._tensor_plan import (
     wants_gram,
     wants_model_gram,
 )
-from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer
+from peta_fast.buffers import ITEMSIZE, LONG_NAMES, Buffer, FactorsBuffer
 from peta_fast.errors import CheckpointError
 from peta_fast.methods import TensorSpec, TensorStatistics
 from peta_fast.ops import backend
@@ -37,6 +37,7 @@ from peta_fast.ops.delta_merge import (
     sign_total,
     with_majority,
 )
+from peta_fast.ops.factors import formed
 from peta_fast.ops.order_statistics import MagnitudeHistogram, Rank
 from peta_fast.ops.records import BASE_ZERO
 from peta_fast.ops.task_statistics import task_statistics
@@ -134,13 +135,21 @@ class Engine:
 
     def inputs(self, tensor: TensorPlan) -> Inputs:
         base = self._buffer(tensor.base) if tensor.base else None
-        models = tuple(self._buffer(m) for m in tensor.models)
+        models = tuple(self._model(tensor, place) for place in tensor.models)
         labels = tuple(self._label(place, tensor.name) for place in tensor.inputs)
         masks = self._masks(tensor) if self.masks is not None and tensor.action == "merge" else ()
         return Inputs(tensor.name, tensor.shape, base, models, masks, labels)
 
     def _buffer(self, place: tuple[ModelRef, str]) -> Buffer:
         return self.sources[place[0]].buffer(place[1])
+
+    def _model(self, tensor: TensorPlan, place: tuple[ModelRef, str]) -> Buffer:
+        """A model's tensor; only its change, where that is what an adapter makes of the tensor's base."""
+        source = self.sources[place[0]]
+        change = None
+        if tensor.base and tensor.action == "merge" and not is_whole_tensor(self.recipe) and hasattr(source, "change"):
+            change = source.change(place[1], self.sources[tensor.base[0]], tensor.base[1])
+        return self._buffer(place) if change is None else change
 
     def _label(self, place: tuple[ModelRef, str], name: str) -> str:
         """The file of an input and, where the output has another name, the tensor's there."""
@@ -266,6 +275,8 @@ def as_torch(buffer: Buffer, *, copied: bool = True):
     """The elements as a flat torch tensor."""
     import torch
 
+    if isinstance(buffer, FactorsBuffer):
+        return torch.from_numpy(formed(buffer))
     raw = np.frombuffer(buffer.as_bytes(), np.uint8)
     return torch.from_numpy(np.array(raw) if copied else raw).view(getattr(torch, LONG_NAMES[buffer.dtype]))
 

@@ -302,6 +302,8 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
     folders = {source.directory: str(ref) for ref, source in plan.sources.items() if source.directory}
     if plan.tokenizer is not None:
         folders[plan.tokenizer] = "tokenizer_source"
+    for source in plan.sources.values():
+        folders |= {folder: str(folder) for folder in getattr(source, "adapter_folders", ())}
     for folder, name in folders.items():
         place = plan_path(folder)
         if target == place or place in target.parents:

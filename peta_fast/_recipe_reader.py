@@ -254,13 +254,17 @@ class RecipeReader:
         return list(found.values())
 
     def _model(self, node: Located | None, what: str = "model") -> ModelRef | None:
-        text = self._text(node, what)
+        if node is not None and isinstance(node.value, list):
+            parts = [self._text(member, what) for member in self._list(node, what)]
+            text = None if None in parts or not parts else "+".join(parts)
+        else:
+            text = self._text(node, what)
         if node is None or text is None:
             return None
         try:
             return ModelRef.parse(text)
         except ValueError as error:
-            form = "model[@revision][+adapter[@revision]]"
+            form = "model[@revision][+adapter[@revision][*weight]]..."
             self.faults.add(node, f"'{what}' is {shown(text)}, expected {form}, got {error}")
             return None
 

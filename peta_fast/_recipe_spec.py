@@ -5,6 +5,7 @@ Source: precedence, filters and gradients as in mergekit 0.1.5, observed by runn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,30 +22,51 @@ TRIM_SCOPES = ("tensor", "row-block", "model")
 
 
 @dataclass(frozen=True)
-class ModelRef:
-    """A model, or a model with an adapter: path[@revision][+lora[@lora_revision]]."""
+class AdapterRef:
+    """An adapter on a model: path[@revision][*weight]."""
 
     path: str
     revision: str | None = None
-    lora: str | None = None
-    lora_revision: str | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterRef:
+        """Raises ValueError that says what is wrong with the text."""
+        name, times, factor = text.rpartition("*")
+        if not times:
+            return cls(*_name_and_revision(text))
+        try:
+            weight = float(factor)
+        except ValueError:
+            weight = math.inf
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight {factor!r}, which is no finite number")
+        return cls(*_name_and_revision(name), weight)
+
+    def __str__(self) -> str:
+        return _spelled(self.path, self.revision) + (f"*{self.weight!r}" if self.weight != 1 else "")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model, with adapters or without: path[@revision][+adapter[@revision][*weight]]..."""
+
+    path: str
+    revision: str | None = None
+    adapters: tuple[AdapterRef, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
         """Raises ValueError that says what is wrong with the text."""
         model, *adapters = text.split("+")
-        if len(adapters) > 1:
-            raise ValueError("more than one '+'")
-        path, revision = _name_and_revision(model)
-        if not adapters:
-            return cls(path, revision)
-        return cls(path, revision, *_name_and_revision(adapters[0]))
+        return cls(*_name_and_revision(model), tuple(map(AdapterRef.parse, adapters)))
 
     def __str__(self) -> str:
-        text = self.path + (f"@{self.revision}" if self.revision else "")
-        if self.lora:
-            text += f"+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "")
-        return text
+        return "+".join([_spelled(self.path, self.revision), *map(str, self.adapters)])
+
+
+def _spelled(path: str, revision: str | None) -> str:
+    return path + (f"@{revision}" if revision else "")
 
 
 def _name_and_revision(text: str) -> tuple[str, str | None]:

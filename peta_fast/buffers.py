@@ -71,3 +71,60 @@ class Buffer:
             raise ValueError(f"array of shape {array.shape} is not contiguous")
         address = array.__array_interface__["data"][0]
         return cls(address, dtype, array.nbytes // ITEMSIZE[dtype], array)
+
+
+FACTORS = np.dtype(
+    [("left", "u8"), ("right", "u8"), ("origin", "u8"), ("columns", "i8"), ("first", "i8"), ("rank", "i4"),
+     ("origin_dtype", "i4")], align=True
+)  # fmt: skip
+"""csrc/low_rank/low_rank.h: a tensor that is formed from low-rank factors when its elements are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FactorsBuffer(Buffer):
+    """Elements of `origin + left right`, or of `left right`, which native code forms tile by tile and nobody keeps.
+
+    address  of a FACTORS record
+    dtype    "FACTORS"; every element is fp32 once it is formed
+    record   numpy array with that one record
+    """
+
+    record: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements once they are formed."""
+        return 4 * self.size
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it is a change, and no whole tensor."""
+        return not self.record["origin"][0]
+
+    def slice(self, start: int, stop: int) -> FactorsBuffer:
+        if not 0 <= start <= stop <= self.size:
+            raise IndexError(f"[{start}, {stop}) is outside a buffer of {self.size} elements")
+        record = self.record.copy()
+        record["first"] += start
+        return _factors_buffer(record, stop - start, self.owner)
+
+    def as_bytes(self) -> memoryview:
+        raise TypeError("low-rank factors have no bytes of their own: form them with ops.low_rank.form")
+
+    @classmethod
+    def of(cls, left: np.ndarray, right: np.ndarray, origin: Buffer | None = None) -> FactorsBuffer:
+        """left [rows, rank], right [rank, columns]: contiguous fp32; origin: a buffer of rows * columns elements."""
+        wrong = [a for a in (left, right) if a.dtype != np.float32 or not a.flags.c_contiguous]
+        size = left.shape[0] * right.shape[1]
+        if wrong or left.shape[1] != right.shape[0] or (origin is not None and origin.size != size):
+            raise ValueError(f"factors {left.shape} and {right.shape} do not make the tensor")
+        record = np.zeros(1, FACTORS)
+        record["left"], record["right"] = (a.__array_interface__["data"][0] for a in (left, right))
+        record["columns"], record["rank"] = right.shape[1], left.shape[1]
+        if origin is not None:
+            record["origin"], record["origin_dtype"] = origin.address, MERGEABLE.index(origin.dtype)
+        return _factors_buffer(record, size, (left, right, origin))
+
+
+def _factors_buffer(record: np.ndarray, size: int, owner: Any) -> FactorsBuffer:
+    return FactorsBuffer(record.__array_interface__["data"][0], "FACTORS", size, (record, owner), record)

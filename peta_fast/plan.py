@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from peta_fast._tensor_plan import (
 from peta_fast.buffers import ITEMSIZE, MERGEABLE, SHORT_NAMES, is_floating
 from peta_fast.errors import CompatibilityError, RecipeError, ResourceError
 from peta_fast.formats import ShardLayout, layout_shards, open_checkpoint
+from peta_fast.formats.adapted_checkpoint import AdaptedCheckpoint, refuse_bare_adapter
 from peta_fast.formats.hub import locate
+from peta_fast.formats.lora_adapter import LoraAdapter, open_adapter
 from peta_fast.formats.trained_only import METADATA, holds_trained_only
 from peta_fast.recipe import ModelRef, Recipe
 
@@ -156,7 +158,7 @@ def _nothing_collected():
 def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_only: bool) -> Plan:
     _refuse_named_template(recipe)
     tokenizer = _tokenizer(recipe)
-    sources = {ref: _open(ref) for ref in recipe.references()}
+    sources = _open_all(recipe.references())
     masks = open_masks(recipe)
     beside = Beside()
     tensors = plan_tensors(recipe, sources, masks, beside)
@@ -185,12 +187,23 @@ def _make_plan(recipe: Recipe, max_memory: int, max_shard_size: int, trained_onl
     )
 
 
-def _open(ref: ModelRef):
-    if ref.lora:
-        raise RecipeError(
-            str(ref), "references of the form model+lora are not available yet", "Merge the adapter first."
-        )
-    return open_checkpoint(locate(ref.path, ref.revision))
+def _open_all(references: Sequence[ModelRef]) -> dict[ModelRef, Source]:
+    """Every model; one that stands alone and under adapters is opened once, so that its changes are known as such."""
+    models: dict[tuple, Any] = {}
+    adapters: dict[tuple, LoraAdapter] = {}
+    opened = {}
+    for ref in references:
+        place = ref.path, ref.revision
+        if place not in models:
+            found = locate(*place)
+            refuse_bare_adapter(found)
+            models[place] = open_checkpoint(found)
+        for a in ref.adapters:
+            if (a.path, a.revision) not in adapters:
+                adapters[a.path, a.revision] = open_adapter(locate(a.path, a.revision))
+        weighted = [(adapters[a.path, a.revision], a.weight) for a in ref.adapters]
+        opened[ref] = AdaptedCheckpoint(models[place], weighted) if weighted else models[place]
+    return opened
 
 
 def open_masks(recipe: Recipe):
@@ -258,7 +271,7 @@ class _Planner:
         infos = [tensor_info(self.sources, place) for place in places]
         first = infos[0]
         self._compare(places, infos)
-        read = math.prod(first.shape) * sum(ITEMSIZE[i.dtype] for i in infos)
+        read = self._bytes_read(places, infos)
         dtype = self.out_dtype or first.dtype
         if not is_floating(first.dtype):
             return self._copy(a, first, places, "not floating point")
@@ -302,6 +315,15 @@ class _Planner:
         self.misfits.extend(self.beside.leftovers(self.described))
         if not self.beside.solved and not self.misfits:
             self.misfits.append(f"{', '.join(self.described)}: no tensor has what {self.recipe.method} solves with")
+
+    def _bytes_read(self, places, infos) -> int:
+        """Of one reading; a model and the same model under adapters are one."""
+        found: dict[Any, int] = {}
+        for place, info in zip(places, infos, strict=True):
+            source = self.sources[place[0]]
+            owner = source.origin_of(place[1]) if hasattr(source, "origin_of") else source
+            found[id(owner), place[1]] = math.prod(info.shape) * ITEMSIZE[info.dtype]
+        return sum(found.values()) + sum(getattr(info, "read_bytes", 0) for info in infos)
 
     def _copy(self, a: Assignment, info, places, why: str) -> TensorPlan:
         read = math.prod(info.shape) * ITEMSIZE[info.dtype]

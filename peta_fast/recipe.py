@@ -23,6 +23,7 @@ from peta_fast._recipe_spec import (
     COMPAT_NAMES,
     DTYPES,
     TRIM_SCOPES,
+    AdapterRef,
     ModelRef,
     ModuleSpec,
     Recipe,
@@ -42,9 +43,9 @@ from peta_fast._yaml_lines import (
 from peta_fast.methods import Key
 
 __all__ = [
-    "COMPAT_NAMES", "DTYPES", "TRIM_SCOPES", "Condition", "ModelRef", "ModuleSpec", "Recipe", "Setting", "SliceSpec",
-    "SourceSpec", "document_of", "edit_text", "load_recipe", "load_recipes", "read_value", "recipe_schema",
-    "unknown_name",
+    "COMPAT_NAMES", "DTYPES", "TRIM_SCOPES", "AdapterRef", "Condition", "ModelRef", "ModuleSpec", "Recipe", "Setting",
+    "SliceSpec", "SourceSpec", "document_of", "edit_text", "load_recipe", "load_recipes", "read_value",
+    "recipe_schema", "unknown_name",
 ]  # fmt: skip
 
 
@@ -180,7 +181,9 @@ def recipe_schema() -> dict[str, Any]:
     What it cannot say is left to load_recipe: required keys that another level may give, equal numbers of layers.
     """
     text, mapping = _nullable("string"), _nullable("object")
-    model = _object({"model": {"type": "string", "minLength": 1}, "parameters": mapping}, required=["model"])
+    spelled = {"type": "string", "minLength": 1}
+    reference = {"anyOf": [spelled, {"type": "array", "items": spelled, "minItems": 1}]}
+    model = _object({"model": reference, "parameters": mapping}, required=["model"])
     layers = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
     source = _object({**model["properties"], "layer_range": layers}, required=["model", "layer_range"])
     sources = {"type": "array", "items": {"$ref": "#/$defs/source"}, "minItems": 1}

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from peta_fast._beside import Beside
 from peta_fast._grid import OTHER_KEYS, Axis, Grid, axes_of
 from peta_fast._run_variants import Outcome, run_all
 from peta_fast._sweep_results import Point, Results, SweepJournal, best_of, scores_of
-from peta_fast._beside import Beside
 from peta_fast._tensor_plan import TensorPlan
 from peta_fast._variants import Targets, VariantEngine, selections_of
 from peta_fast.buffers import LONG_NAMES, Buffer

@@ -178,7 +178,11 @@ def dare_linear(p: Problem) -> dict[str, Merged]:
 
 
 def dare_ties(p: Problem) -> dict[str, Merged]:
-    return merge_each(p, drop_at_random, add_elected_sum)
+    return merge_each(p, drop_at_random, add_elected_sum_by_count if p.compat == "peft" else add_elected_sum)
+
+
+def magnitude_prune(p: Problem) -> dict[str, Merged]:
+    return merge_each(p, keep_largest, add_weighted_sum)
 
 
 def della_linear(p: Problem) -> dict[str, Merged]:
@@ -282,7 +286,7 @@ def rescale(p: Problem, delta: Tensor, kept: Tensor, probability: float | Tensor
     """1/p as the papers have it, or, for mergekit, what restores the L1 norm."""
     if not p.shared("rescale", True):
         return 1.0
-    if p.compat == "native":
+    if p.compat != "mergekit":
         probability = torch.as_tensor(probability, dtype=VALUES)
         return torch.where((probability <= 0) | (probability >= 1), 1.0, 1 / probability)
     before, after = delta.to(VALUES).abs().sum().item(), (delta.to(VALUES) * kept).abs().sum().item()
@@ -392,8 +396,9 @@ METHODS = {
     "slerp": (slerp, BOTH),
     "task_arithmetic": (task_arithmetic, BOTH),
     "ties": (ties, (*BOTH, "ties-authors", "peta", "peft")),
-    "dare_linear": (dare_linear, BOTH),
-    "dare_ties": (dare_ties, BOTH),
+    "dare_linear": (dare_linear, (*BOTH, "peft")),
+    "dare_ties": (dare_ties, (*BOTH, "peft")),
+    "magnitude_prune": (magnitude_prune, ("native", "peft")),
     "della": (della, BOTH),
     "della_linear": (della_linear, BOTH),
     "breadcrumbs": (breadcrumbs, (*BOTH, "mergekit-0.1.4")),

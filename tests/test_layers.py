@@ -22,7 +22,12 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"plan": ("plan", "_assignment", "_beside", "_tensor_plan")},
     {"run": ("run", "_run_variants", "_engine", "_variants", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
-    {"fit": ("fit",), "analysis": ("analysis",), "sweeps": ("sweeps", "batches", "_grid", "_sweep_results")},
+    {
+        "adapters": ("adapters",),
+        "fit": ("fit",),
+        "analysis": ("analysis",),
+        "sweeps": ("sweeps", "batches", "_grid", "_sweep_results"),
+    },
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},
     {"the package itself": ("",)},
@@ -32,7 +37,8 @@ PART_OF = {module: part for layer in LAYERS for part, modules in layer.items() f
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 LONGEST = 600
 MAY_IMPORT_TORCH = (
-    "demo", "fit", "nn", "ops.concrete_mask", "ops.gram", "ops.kronecker_sum", "ops.linearized_lora", "ops.spd_solve",
+    "adapters", "demo", "fit", "nn", "ops.concrete_mask", "ops.gram", "ops.kronecker_sum", "ops.linearized_lora",
+    "ops.low_rank", "ops.spd_solve",
 )  # fmt: skip
 """Modules, with all that stands below them."""
 

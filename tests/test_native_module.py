@@ -16,6 +16,7 @@ from backends import DTYPES, LEVELS, NATIVE, SIMD, assert_same_bits, buffer_of, 
 from delta_merge_cases import case_of, run, terms_of
 from interpreter import run_code
 
+from peta_fast.buffers import FACTORS
 from peta_fast.ops import plain
 from peta_fast.ops import records as r
 from peta_fast.ops.concrete_mask import native as masks
@@ -35,7 +36,7 @@ TIES = DeltaMerge(terms_of(3, Top(5000)), elect="weighted", divide="agreeing-wei
 @needs_native
 def test_records_have_the_layout_of_the_native_structs():
     ours = {"piece": r.PIECE, "task": r.TASK, "rule": r.RULE, "delta": r.DELTA, "select_task": r.SELECT_TASK,
-            "select_query": r.SELECT_QUERY, "group": r.GROUP, "variant": r.VARIANT, "use": r.USE,
+            "select_query": r.SELECT_QUERY, "group": r.GROUP, "variant": r.VARIANT, "use": r.USE, "factors": FACTORS,
             "mask_tensor": masks.TENSOR, "mask_task": masks.TASK, "mask_settings": masks.SETTINGS}  # fmt: skip
     assert {name: layout.itemsize for name, layout in ours.items()} == dict(NATIVE.RECORD_BYTES)
     assert plain.RECORD_BYTES.items() <= dict(NATIVE.RECORD_BYTES).items()

@@ -148,22 +148,24 @@ def test_no_matching_filter_and_no_default_names_tensor_and_model():
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("org/model", ("org/model", None, None, None)),
-        ("org/model@main", ("org/model", "main", None, None)),
-        ("./local+org/lora", ("./local", None, "org/lora", None)),
-        ("org/model@v1+org/lora@refs/pr/2", ("org/model", "v1", "org/lora", "refs/pr/2")),
+        ("org/model", ("org/model", None, [])),
+        ("org/model@main", ("org/model", "main", [])),
+        ("./local+org/lora", ("./local", None, [("org/lora", None, 1)])),
+        ("org/model@v1+org/lora@refs/pr/2", ("org/model", "v1", [("org/lora", "refs/pr/2", 1)])),
+        ("m+a*0.25+b@v2*-2.0", ("m", None, [("a", None, 0.25), ("b", "v2", -2)])),
     ],
 )
 def test_references_are_taken_apart_and_put_together(text, parts):
     model = ModelRef.parse(text)
-    assert (model.path, model.revision, model.lora, model.lora_revision) == parts
+    adapters = [(a.path, a.revision, a.weight) for a in model.adapters]
+    assert (model.path, model.revision, adapters) == parts
     assert str(model) == text
 
 
-@pytest.mark.parametrize("text", ["a+b+c", "a@b@c", "a@", "+b", "@b", "a+", "a +b"])
+@pytest.mark.parametrize("text", ["a+b@c@d", "a@b@c", "a@", "+b", "@b", "a+", "a +b", "a+b*x", "a+b*inf"])
 def test_references_that_make_no_sense_are_refused(text):
     (fault,) = faults(TIES.replace("model: a\n", f"model: '{text}'\n"))
-    assert fault.startswith(f"recipe:4: 'model' is '{text}', expected model[@revision][+adapter[@revision]], got ")
+    assert fault.startswith(f"recipe:4: 'model' is '{text}', expected model[@revision][+adapter[@revision][*weight]]..., got ")
 
 
 def models_of(recipe, piece=0):

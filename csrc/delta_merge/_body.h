@@ -347,6 +347,48 @@ bool merge_plain_chunk(const Chunk& c, const Piece& piece, const Task* tasks, co
 typedef void (*MergeChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, vi& bad, vi& largest);
 typedef bool (*MergePlainChunk)(const Chunk&, const Piece&, const Task*, const Rule&, const Scratch&, bool stream);
 
+// A weighted sum of fp32 that needs no subtraction, as formed factors are: kTasks of them, 0 for any number.
+template <int32_t kDtype, int kTasks>
+void sum_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch&, vi& bad,
+               vi& largest) {
+  const int T = kTasks ? kTasks : piece.tasks;
+  const bool adds = rule.base_kind == kBaseTensor, divides = rule.divisor != 1.0f, scales = rule.scaling != 1.0f;
+  for (int i = 0; i < c.n; i += W) {
+    vf y = -vf{};
+    for (int t = 0; t < T; ++t) {
+      const vf d = load_raw<vf>((const float*)c.views[t].x + i);
+      bad = max_i(bad, abs_bits(d));
+      y = y + d * tasks[t].weight;
+    }
+    if (divides) y = y / rule.divisor;
+    if (scales) y = y * rule.scaling;
+    if (adds) {
+      const vf base = load(c.base, kDtype, i);
+      y = select(eq(y, vf{}), base, base + y);
+      bad = max_i(bad, abs_bits(base));
+    }
+    largest = max_i(largest, leading(store(c.out, kDtype, i, y), c.real - i));
+  }
+}
+
+template <int32_t kDtype>
+MergeChunk sum_loop(int tasks) {
+  return tasks == 1 ? sum_chunk<kDtype, 1> : tasks == 3 ? sum_chunk<kDtype, 3> : sum_chunk<kDtype, 0>;
+}
+
+// Null where the sum is no plain one.
+MergeChunk sum_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
+  if (rule.elect != kElectNone || rule.aggregate != kSum || rule.divide != kDivideConstant) return nullptr;
+  if (rule.base_kind == kBaseOne || (rule.base_kind == kBaseTensor && piece.base_dtype != piece.out_dtype)) return nullptr;
+  for (int t = 0; t < piece.tasks; ++t) {
+    const Task& k = tasks[t];
+    if (k.dtype != kF32 || !(k.is_delta || rule.base_kind == kBaseZero)) return nullptr;
+    if (k.keep != kKeepAll || k.mask || k.weights || k.prescale != 1.0f || k.by_probability) return nullptr;
+  }
+  if (piece.out_dtype == kBF16) return sum_loop<kBF16>(piece.tasks);
+  return piece.out_dtype == kF16 ? sum_loop<kF16>(piece.tasks) : sum_loop<kF32>(piece.tasks);
+}
+
 MergeChunk general_loop(const Rule& rule) {
   const bool extreme = rule.aggregate == kMax || rule.aggregate == kLargestFirst || rule.aggregate == kLargestLast;
   if (rule.elect != kElectNone) return extreme ? merge_chunk<true, true> : merge_chunk<true, false>;
@@ -546,7 +588,7 @@ extern "C" void PETA_JOIN(peta_delta_merge_, PETA_VARIANT)(Mode mode, Piece& pie
                                                            int64_t* sign_total) {
   const Task* tasks = all_tasks + piece.first_task;
   const int T = piece.tasks;
-  const MergeChunk general = general_loop(rule);
+  const MergeChunk sum = sum_loop_for(piece, tasks, rule), general = sum ? sum : general_loop(rule);
   const MergePlainChunk plain = plain_loop_for(piece, tasks, rule);
   const bool staged = plain && overwrites_an_input(piece, tasks);
   vi bad = vi{}, largest = vi{};

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu.h"
+#include "../low_rank/low_rank.h"
 #include "../pool.h"
 
 namespace {
@@ -44,7 +45,31 @@ class Workspace {
   }
   Scratch scratch;
 
+  // The piece with its tasks' low-rank factors formed, for elements [begin, end), in memory of this worker.
+  Piece formed(const Piece& given, const Task*& tasks, int64_t begin, int64_t end, FormFactors form) {
+    Piece piece = given;
+    const Task* first = tasks + given.first_task;
+    const auto is_formed = [](const Task& t) { return t.dtype == kFactors; };
+    const int64_t count = std::count_if(first, first + given.tasks, is_formed);
+    if (!count) return piece;
+    tasks_.assign(first, first + given.tasks);
+    tiles_.resize(size_t(count) * kGrain);
+    float* tile = tiles_.data();
+    for (Task& t : tasks_) {
+      if (!is_formed(t)) continue;
+      form(*reinterpret_cast<const Factors*>(t.x), begin, end - begin, tile);
+      t.x = reinterpret_cast<uint64_t>(tile) - uint64_t(begin) * sizeof(float);
+      t.dtype = kF32;
+      tile += kGrain;
+    }
+    tasks = tasks_.data();
+    piece.first_task = 0;
+    return piece;
+  }
+
  private:
+  std::vector<Task> tasks_;
+  std::vector<float> tiles_;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -67,15 +92,16 @@ void delta_merge(Mode mode, Piece* pieces, int64_t num_pieces, const Task* tasks
   std::vector<Workspace> workspaces;
   for (int i = 0; i < threads; ++i) workspaces.emplace_back(most_tasks);
   const DeltaMergeRange run = variant();
+  const FormFactors form = form_factors();
   parallel_for(grains, threads, [&](int64_t grain, int worker) {
     const int64_t i = std::upper_bound(first_grain.begin(), first_grain.end(), grain) - first_grain.begin() - 1;
-    Piece& piece = pieces[i];
-    const int64_t begin = (grain - first_grain[i]) * kGrain;
+    const int64_t begin = (grain - first_grain[i]) * kGrain, end = std::min(begin + kGrain, pieces[i].size);
+    const Task* own = tasks;
+    Piece piece = workspaces[worker].formed(pieces[i], own, begin, end, form);
     uint32_t nonfinite = 0;
     int64_t signs = 0;
-    run(mode, piece, tasks, rules[piece.rule], begin, std::min(begin + kGrain, piece.size),
-        workspaces[worker].scratch, &nonfinite, &signs);
-    if (nonfinite) __atomic_fetch_or(&piece.nonfinite, nonfinite, __ATOMIC_RELAXED);
-    if (signs) __atomic_fetch_add(&piece.sign_total, signs, __ATOMIC_RELAXED);
+    run(mode, piece, own, rules[piece.rule], begin, end, workspaces[worker].scratch, &nonfinite, &signs);
+    if (nonfinite) __atomic_fetch_or(&pieces[i].nonfinite, nonfinite, __ATOMIC_RELAXED);
+    if (signs) __atomic_fetch_add(&pieces[i].sign_total, signs, __ATOMIC_RELAXED);
   });
 }

@@ -41,13 +41,13 @@ PF_INLINE bool both_bf16(const Delta& d) {
 }
 
 // Elements [i, n) of the block, of any dtypes.
-PF_INLINE void count_rest(Counting& c, int64_t begin, int i, int n, vi under_low, vi high, uint32_t& from_low,
+PF_INLINE void count_rest(const Delta& delta, int64_t begin, int i, int n, vi under_low, vi high, uint32_t& from_low,
                           uint32_t*& within) {
   for (; i + W <= n; i += W)
-    count_vector(abs_bits(load_delta(*c.delta, begin + i)), under_low, high, from_low, within);
+    count_vector(abs_bits(load_delta(delta, begin + i)), under_low, high, from_low, within);
   if (i < n) {
     float rest[W];
-    stage_delta(*c.delta, begin + i, n - i, rest);
+    stage_delta(delta, begin + i, n - i, rest);
     const vi a = abs_bits(load_raw<vf>(rest)), below_all = splat_i(-1);
     count_vector(select(gt(splat_i(n - i), iota()), a, below_all), under_low, high, from_low, within);
   }
@@ -84,7 +84,9 @@ void count_together(Counting* counting, int64_t begin, int n) {
   }
   for (int k = 0; k < kTogether; ++k) {
     Counting& c = counting[k];
-    count_rest(c, begin, i, n, under_low[k], high[k], from_low[k], within[k]);
+    alignas(64) float tile[kTogether == 1 ? kTile : 1];
+    const Delta delta = kTogether == 1 ? formed(*c.delta, begin, n, tile) : *c.delta;
+    count_rest(delta, begin, i, n, under_low[k], high[k], from_low[k], within[k]);
     c.count = BlockCount{};
     c.count.above = from_low[k] - uint32_t(within[k] - c.inside);
     take_out_ends(c.inside, within[k] - c.inside, c.bracket, c.count);

@@ -52,7 +52,7 @@ def merge(
 
         print_plan(plan, as_json, None if show_all else limit)
         return 0
-    _run(plan, out, resume, force, allow_nonfinite, threads, quiet, as_json)
+    run_plan(plan, out, resume, force, allow_nonfinite, threads, quiet, as_json)
     return 0
 
 
@@ -68,7 +68,8 @@ def refuse_gpu(device: str, gpu: bool) -> None:
         )  # fmt: skip
 
 
-def _run(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, quiet, as_json) -> None:
+def run_plan(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, quiet, as_json) -> None:
+    """Runs a plan with progress on stderr and prints what was done. Raises Interrupted where --resume goes on."""
     from peta_fast.cli._errors import Interrupted
     from peta_fast.cli._progress import progress
     from peta_fast.cli._text import print_json

@@ -142,10 +142,7 @@ def refuse_variants(config: Mapping[str, Any], who: str = "PEFT config") -> None
         raise CompatibilityError(
             who, f"peft_type is {kind!r}, expected 'LORA'", "Only LoRA adapters can be linearized."
         )
-    found = [name for name in VARIANTS if config.get(name) not in (None, False, [], {}, "")]
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_INITS:
-        found.append(f"init_lora_weights={start!r}")
+    found = variants_of(config)
     if config.get("bias", "none") != "none":
         found.append(f"bias={config['bias']!r}")
     if found:
@@ -154,6 +151,13 @@ def refuse_variants(config: Mapping[str, Any], who: str = "PEFT config") -> None
             f"expected plain LoRA, got {', '.join(found)}",
             "Linearization is defined here for y = W x + s B A x over an unchanged W; convert the adapter to it first.",
         )
+
+
+def variants_of(config: Mapping[str, Any]) -> list[str]:
+    """What makes of a LoRA adapter another function than W x + s B A x over the W it was made for."""
+    found = [name for name in VARIANTS if config.get(name) not in (None, False, [], {}, "")]
+    start = config.get("init_lora_weights", True)
+    return found if start in PLAIN_INITS else [*found, f"init_lora_weights={start!r}"]
 
 
 def sidecar_tensors(modules: Mapping[str, LinearizedFactors]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ def dare_terms(params, tensor: TensorSpec):
 def _restored(params, tensor: TensorSpec, keep: Keep) -> float | str:
     if not (params.rescale and isinstance(keep, Random)):
         return 1.0
-    return 1.0 / keep.probability if tensor.compat == "native" else "l1"
+    return "l1" if tensor.compat == "mergekit" else 1.0 / keep.probability
 
 
 def check_della(params) -> list[str]:

@@ -61,3 +61,10 @@ def elected(params, parts: tuple[Term, ...], tensor: TensorSpec) -> DeltaMerge:
         scaling=params.scaling,
         scope=tensor.scope,
     )
+
+
+def elected_by_peft(params, parts: tuple[Term, ...], tensor: TensorSpec) -> DeltaMerge:
+    """The sign of the sum before the weights, zero as plus; divided by the number of those that agree."""
+    return DeltaMerge(
+        parts, elect="unweighted", zero="plus", divide="agreeing-count", scaling=params.scaling, scope=tensor.scope
+    )

@@ -1,6 +1,6 @@
 """DARE: drop entries of each task vector at random, rescale the rest, then sum.
 
-    native    survivors divided by the density
+    native    survivors divided by the density; peft: the same
     mergekit  survivors scaled so that the L1 norm of the tensor's task vector is restored
 
 Source: Yu et al., ICML 2024.
@@ -16,7 +16,7 @@ from peta_fast.methods._terms import summed
 from peta_fast.ops.delta_merge import DeltaMerge
 
 REFERENCE = "https://arxiv.org/abs/2311.03099"
-COMPAT = ("native", "mergekit")
+COMPAT = ("native", "mergekit", "peft")
 
 
 @dataclass(frozen=True)

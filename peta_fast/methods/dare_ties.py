@@ -2,6 +2,7 @@
 
     native    survivors divided by the density
     mergekit  survivors scaled so that the L1 norm of the tensor's task vector is restored
+    peft      as native; the sign of the unweighted sum, zero as plus; divided by the number that agree
 
 Source: Yu et al., ICML 2024.
 """
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 
 from peta_fast.methods import REQUIRED, MethodParams, TensorSpec, per_model, shared
 from peta_fast.methods._dropping import dare_terms
-from peta_fast.methods._terms import elected
+from peta_fast.methods._terms import elected, elected_by_peft
 from peta_fast.ops.delta_merge import DeltaMerge
 
 REFERENCE = "https://arxiv.org/abs/2311.03099"
-COMPAT = ("native", "mergekit")
+COMPAT = ("native", "mergekit", "peft")
 
 
 @dataclass(frozen=True)
@@ -29,4 +30,5 @@ class Params(MethodParams):
 
 
 def lower(params: Params, tensor: TensorSpec) -> DeltaMerge:
-    return elected(params, dare_terms(params, tensor), tensor)
+    merged = elected_by_peft if tensor.compat == "peft" else elected
+    return merged(params, dare_terms(params, tensor), tensor)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peta_fast.methods import MethodParams, TensorSpec, per_model, shared
-from peta_fast.methods._terms import elected, terms, trimmed
+from peta_fast.methods._terms import elected, elected_by_peft, terms, trimmed
 from peta_fast.ops.delta_merge import All, DeltaMerge, Keep, Top
 
 REFERENCE = "https://arxiv.org/abs/2306.01708"
@@ -49,14 +49,7 @@ def lower(params: Params, tensor: TensorSpec) -> DeltaMerge:
         return _as_authors(params, tensor)
     if tensor.compat == "peft":
         keeps = [trimmed(d, tensor, at_least_one=False) for d in params.density]
-        return DeltaMerge(
-            terms(params.weight, keeps),
-            elect="unweighted",
-            zero="plus",
-            divide="agreeing-count",
-            scaling=params.scaling,
-            scope=tensor.scope,
-        )
+        return elected_by_peft(params, terms(params.weight, keeps), tensor)
     return elected(params, terms(params.weight, [trimmed(d, tensor) for d in params.density]), tensor)
 
 

@@ -100,5 +100,5 @@ def check_same_point(module: str, first: str, a: LinearizedFactors, second: str,
         who,
         f"they are linearized around different points: {problem}",
         "Their steps do not add up. Train them from one point (linearize with one seed, r and alpha), or merge their "
-        "weight changes: save both with save_adapter and use PEFT's add_weighted_adapter(combination_type='cat').",
+        "weight changes: save both with save_adapter, then `peta-fast adapter merge A B --method cat --out DIR`.",
     )

@@ -292,7 +292,7 @@ def is_random(keep: Keep) -> bool:
 
 def _fill_task(record, term: Term, inputs: Inputs, t: int, mask_prescale: float) -> None:
     x = inputs.models[t]
-    record["x"], record["dtype"] = x.address, records.CODES[x.dtype]
+    record["x"], record["dtype"], record["is_delta"] = x.address, records.CODES[x.dtype], records.is_delta(x)
     record["weight"] = term.weight
     own = 1.0 if isinstance(term.prescale, str) else float(np.float32(term.prescale))
     record["prescale"] = own * mask_prescale
@@ -390,7 +390,7 @@ class _Batch:
         self.tasks: list[np.ndarray] = []
         self.rules: list[tuple] = []
         self.owners: list[tuple[Prepared, int, int]] = []
-        self.keep_alive: list[np.ndarray] = []
+        self.keep_alive: list = []
         self.num_tasks = 0
 
     def add(self, job: Job) -> None:
@@ -435,7 +435,9 @@ def point_at(tasks, prepared: Prepared, start: int, stop: int, keep_alive, threa
     """Moves task records to the elements [start, stop), computing what is needed for these alone."""
     inputs = prepared.inputs
     for t, record in enumerate(tasks):
-        record["x"] = inputs.models[t].slice(start, stop).address
+        x = inputs.models[t].slice(start, stop)
+        keep_alive.append(x)
+        record["x"] = x.address
         if inputs.masks and inputs.masks[t].form != "BITS":
             width = 1 if inputs.masks[t].form == "BYTES" else inputs.masks[t].buffer.nbytes // max(inputs.size, 1)
             record["mask"] = inputs.masks[t].buffer.address + start * width

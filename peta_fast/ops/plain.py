@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from peta_fast.buffers import FACTORS
 from peta_fast.ops import records as r
 
 CHUNK = 1 << 18
 """Elements at once; a multiple of BLOCK."""
 
 RECORD_BYTES = {"piece": r.PIECE.itemsize, "task": r.TASK.itemsize, "rule": r.RULE.itemsize,
-                "group": r.GROUP.itemsize, "variant": r.VARIANT.itemsize, "use": r.USE.itemsize}  # fmt: skip
+                "group": r.GROUP.itemsize, "variant": r.VARIANT.itemsize, "use": r.USE.itemsize,
+                "factors": FACTORS.itemsize}  # fmt: skip
 F32 = np.float32
 ITEM = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.uint16)}
 
@@ -28,11 +30,33 @@ def _view(address: int, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _load(address: int, code: int, start: int, count: int) -> np.ndarray:
+    if code == r.CODES["FACTORS"]:
+        return _formed(_view(address, FACTORS, 1)[0], start, count)
     item = ITEM[code]
     stored = _view(int(address) + start * item.itemsize, item, count)
     if code == r.CODES["BF16"]:
         return (stored.astype(np.uint32) << 16).view(F32)
     return stored.astype(F32)
+
+
+def _formed(f, start: int, count: int) -> np.ndarray:
+    """Elements of a low-rank product, ranks in ascending order."""
+    start, columns, rank = start + int(f["first"]), int(f["columns"]), int(f["rank"])
+    if not count:
+        return np.empty(0, F32)
+    row, last = start // columns, (start + count - 1) // columns + 1
+    left = _view(int(f["left"]) + row * rank * 4, np.dtype(F32), (last - row) * rank).reshape(-1, rank)
+    right = _view(int(f["right"]), np.dtype(F32), rank * columns).reshape(rank, columns)
+    total = np.zeros((last - row, columns), F32)
+    for k in range(rank):
+        total += left[:, k : k + 1] * right[k]
+    out = total.reshape(-1)[start - row * columns :][:count]
+    return _load(f["origin"], f["origin_dtype"], start, count) + out if f["origin"] else out
+
+
+def form_factors(factors, size: int, out, threads: int = 0) -> None:
+    with np.errstate(all="ignore"):
+        out[:size] = _formed(factors[0], 0, size)
 
 
 def _load_any(address: int, code: int, start: int, count: int, flat: int) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from peta_fast.buffers import MERGEABLE, Buffer
+from peta_fast.buffers import MERGEABLE, Buffer, FactorsBuffer
 
-CODES = {name: code for code, name in enumerate(MERGEABLE)} | {"BITS": 3, "BYTES": 4}
-"""csrc/dtype.h. BITS and BYTES are forms of masks: one bit, or one byte, an element."""
+CODES = {name: code for code, name in enumerate(MERGEABLE)} | {"BITS": 3, "BYTES": 4, "FACTORS": 5}
+"""csrc/dtype.h. BITS and BYTES are forms of masks: one bit, or one byte, an element. FACTORS: see FactorsBuffer."""
 
 BASE_TENSOR, BASE_ZERO, BASE_ONE = range(3)
 KEEP_ALL, KEEP_NONE, KEEP_TOP, KEEP_BAND, KEEP_RANDOM, KEEP_RANDOM_PER_ELEMENT = range(6)
@@ -62,10 +62,15 @@ SELECT_QUERY = _layout(
 )  # fmt: skip
 
 
-def delta_record(base: Buffer | None, x: Buffer, base_kind: int, *, is_delta: bool = False) -> tuple:
-    """One DELTA as a tuple; base may be None unless base_kind is BASE_TENSOR."""
+def is_delta(x: Buffer) -> bool:
+    """Whether a buffer holds a ready task vector: low-rank factors with nothing to add them to."""
+    return isinstance(x, FactorsBuffer) and x.is_delta
+
+
+def delta_record(base: Buffer | None, x: Buffer, base_kind: int) -> tuple:
+    """One DELTA as a tuple, good as long as x is; base may be None unless base_kind is BASE_TENSOR."""
     address, dtype = (base.address, CODES[base.dtype]) if base is not None else (0, 0)
-    return (address, x.address, base_kind, dtype, CODES[x.dtype], int(is_delta))
+    return (address, x.address, base_kind, dtype, CODES[x.dtype], int(is_delta(x)))
 
 
 def bits(value: float) -> int:

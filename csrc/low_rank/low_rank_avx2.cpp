@@ -1,0 +1,2 @@
+#define PETA_VARIANT avx2
+#include "_body.h"

@@ -1,0 +1,2 @@
+#define PETA_VARIANT avx512
+#include "_body.h"

@@ -1,0 +1,2 @@
+#define PETA_VARIANT baseline
+#include "_body.h"

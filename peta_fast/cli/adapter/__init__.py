@@ -1,0 +1,1 @@
+"""Merge, apply, extract and export LoRA adapters."""
