@@ -6,17 +6,17 @@ namespace peta {
 
 enum Kernel : int32_t {
   kNone = 0,
-  kPlainSum = 1,        // + dtype, + 3 for up to 8 tasks
-  kPlainTies = 7,       // the same
-  kSumBF16 = 13,        // sums by any rule of keeping, masks and weights, 16 bytes at once
-  kSumF16 = 14,
-  kGeneralSum = 15,
-  kGeneralExtreme = 16,
-  kElectSum = 17,
-  kElectExtreme = 18,
-  kMedianKernel = 19,
-  kNormKernel = 20,
-  kSignKernel = 21,
+  kPlainSum = 1,    // + 4 dtype + 1, 2, 3 for exactly 3, up to 4, up to 8 tasks
+  kPlainTies = 13,  // the same
+  kSumBF16 = 25,    // sums by any rule of keeping, masks and weights, 16 bytes at once
+  kSumF16 = 26,
+  kGeneralSum = 27,
+  kGeneralExtreme = 28,
+  kElectSum = 29,
+  kElectExtreme = 30,
+  kMedianKernel = 31,
+  kNormKernel = 32,
+  kSignKernel = 33,
 };
 
 namespace {
@@ -32,7 +32,8 @@ Kernel kernel_for(int32_t mode, const Piece& piece, const Task* tasks, const Rul
   if (mode == kSignTotal) return kSignKernel;
   if (is_plain(piece, tasks, rule, 8)) {
     const int32_t first = rule.elect == kElectNone ? kPlainSum : kPlainTies;
-    return Kernel(first + piece.out_dtype + (piece.tasks > 4 ? 3 : 0));
+    const int32_t room = piece.tasks > 4 ? 3 : piece.tasks == 3 ? 1 : 2;
+    return Kernel(first + 4 * piece.out_dtype + room);
   }
   if (rule.aggregate == kMedian) return kMedianKernel;
   const bool extreme = rule.aggregate != kSum;
@@ -52,15 +53,16 @@ int64_t tiles_of(int32_t mode, const Piece& piece) {
 int run(int32_t kernel, const MergeTables& tables, int64_t tiles, const Place& place) {
   const char* const who = "delta_merge";
   switch (kernel) {
-#define PETA_PLAIN(first, electing)                                                                      \
-  case first + kF32: return launch(PlainMerge<kF32, electing, 4>{tables}, tiles, place, who);            \
-  case first + kF16: return launch(PlainMerge<kF16, electing, 4>{tables}, tiles, place, who);            \
-  case first + kBF16: return launch(PlainMerge<kBF16, electing, 4>{tables}, tiles, place, who);          \
-  case first + 3 + kF32: return launch(PlainMerge<kF32, electing, 8>{tables}, tiles, place, who);        \
-  case first + 3 + kF16: return launch(PlainMerge<kF16, electing, 8>{tables}, tiles, place, who);        \
-  case first + 3 + kBF16: return launch(PlainMerge<kBF16, electing, 8>{tables}, tiles, place, who);
-    PETA_PLAIN(kPlainSum, false)
-    PETA_PLAIN(kPlainTies, true)
+#define PETA_PLAIN(dtype, first, electing)                                                        \
+  case first + 4 * dtype + 1: return launch(PlainMerge<dtype, electing, 3>{tables}, tiles, place, who); \
+  case first + 4 * dtype + 2: return launch(PlainMerge<dtype, electing, 4>{tables}, tiles, place, who); \
+  case first + 4 * dtype + 3: return launch(PlainMerge<dtype, electing, 8>{tables}, tiles, place, who);
+    PETA_PLAIN(kF32, kPlainSum, false)
+    PETA_PLAIN(kF32, kPlainTies, true)
+    PETA_PLAIN(kF16, kPlainSum, false)
+    PETA_PLAIN(kF16, kPlainTies, true)
+    PETA_PLAIN(kBF16, kPlainSum, false)
+    PETA_PLAIN(kBF16, kPlainTies, true)
 #undef PETA_PLAIN
     case kSumBF16: return launch(GeneralMerge<kBF16, 8, false, false>{tables}, tiles, place, who);
     case kSumF16: return launch(GeneralMerge<kF16, 8, false, false>{tables}, tiles, place, who);
@@ -95,7 +97,7 @@ PETA_EXPORT int64_t peta_merge_tiles(int32_t mode, const Piece* pieces, int64_t 
   return count;
 }
 
-// Fills tiles[peta_merge_tiles] and launches[22], on the host; returns the number of launches, -1 for what no kernel
+// Fills tiles[peta_merge_tiles] and launches[MOST_LAUNCHES] (peta_fast/ops/device.py), on the host; returns the number of launches, -1 for what no kernel
 // can do. Pieces that one kernel serves stand together.
 PETA_EXPORT int32_t peta_merge_layout(int32_t mode, const Piece* pieces, int64_t num_pieces, const Task* tasks,
                                       const Rule* rules, peta::Tile* tiles, MergeLaunch* launches, uint8_t* kernels) {

@@ -41,30 +41,25 @@ struct Raw {  // V elements as they lie in memory
   Words4 words[V <= 4 ? 1 : V / 4];
 };
 
+// Whether rows of V elements from p on can be loaded at once; single elements always can.
+template <int V>
+PF_HD bool rows_aligned(uint64_t p, int32_t dtype) {
+  return V == 1 || (p & uint64_t(V * itemsize(dtype) < 16 ? V * itemsize(dtype) - 1 : 15)) == 0;
+}
+
 // kDtype: the dtype, where it is known when this is compiled, else -1.
 template <int32_t kDtype, int V>
 PF_HD void load_raw_row(Raw<V>& raw, const uint8_t* p, int32_t given) {
   const int32_t dtype = kDtype < 0 ? given : kDtype;
-  if (dtype == kF32) {
-    if (V >= 4 && aligned(p, 16)) {
-      PF_UNROLL
-      for (int k = 0; k < V / 4; ++k) raw.words[k] = load_16(p + 16 * k);
-    } else {
-      PF_UNROLL
-      for (int j = 0; j < V; ++j) raw.words[j / 4].w[j % 4] = load_small<uint32_t>(p + 4 * j);
-    }
-  } else if (V >= 8 && aligned(p, 16)) {
+  if constexpr (V == 1) {
+    raw.words[0].w[0] = dtype == kF32 ? load_small<uint32_t>(p) : load_small<uint16_t>(p);
+  } else if (dtype == kF32) {
     PF_UNROLL
-    for (int k = 0; k < V / 8; ++k) raw.words[k] = load_16(p + 16 * k);
-  } else if (V == 4 && aligned(p, 4)) {
-    raw.words[0].w[0] = load_small<uint32_t>(p), raw.words[0].w[1] = load_small<uint32_t>(p + 4);
+    for (int k = 0; k < V / 4; ++k) raw.words[k] = load_16(p + 16 * k);
+  } else if constexpr (V == 8) {
+    raw.words[0] = load_16(p);
   } else {
-    PF_UNROLL
-    for (int j = 0; j < V; ++j) {
-      const uint32_t h = load_small<uint16_t>(p + 2 * j);
-      uint32_t& word = raw.words[j / 8].w[j / 2 % 4];
-      word = j % 2 ? word | h << 16 : h;
-    }
+    raw.words[0].w[0] = load_small<uint32_t>(p), raw.words[0].w[1] = load_small<uint32_t>(p + 4);
   }
 }
 
@@ -107,12 +102,11 @@ PF_HD void load_any_row(float (&out)[V], uint64_t p, int32_t dtype, int64_t i, i
     for (int j = 0; j < V; ++j) out[j] = set >> (offset + j) & 1u ? 1.0f : 0.0f;
   } else if (dtype == kBytes) {
     const uint8_t* b = at(p, i);
-    uint32_t four = 0;
+    uint32_t four = b[0];
     PF_UNROLL
     for (int j = 0; j < V; ++j) {
-      if (V % 4 == 0 && j % 4 == 0 && aligned(b, 4)) four = load_small<uint32_t>(b + j);
-      const uint32_t byte = V % 4 == 0 && aligned(b, 4) ? four >> (8 * (j % 4)) & 255u : b[j];
-      out[j] = byte ? 1.0f : 0.0f;
+      if (V % 4 == 0 && j % 4 == 0) four = load_small<uint32_t>(b + j);
+      out[j] = four >> (8 * (j % 4)) & 255u ? 1.0f : 0.0f;
     }
   } else {
     load_row<-1, V>(out, p, dtype, i);
@@ -333,9 +327,9 @@ PF_HD void merge_row(const Piece& piece, const Task* tasks, const Rule& rule, in
   }
   largest = most > largest ? most : largest;
   const int32_t dtype = kDtype < 0 ? piece.out_dtype : kDtype;
-  uint8_t* out = const_cast<uint8_t*>(at(piece.out, i * itemsize(dtype)));
+  uint8_t* const out = const_cast<uint8_t*>(at(piece.out, i * itemsize(dtype)));
   if (V >= 4 && most <= kInfBits) {  // no NaN
-    if (dtype == kF32 && aligned(out, 16)) {
+    if (dtype == kF32) {
       PF_UNROLL
       for (int k = 0; k < V / 4; ++k) {
         Words4 four;
@@ -345,32 +339,19 @@ PF_HD void merge_row(const Piece& piece, const Task* tasks, const Rule& rule, in
       }
       return;
     }
-    if (kDtype != kF32 && V == 8 && dtype == kDtype && aligned(out, 16)) {
+    if (kDtype != kF32 && V == 8 && dtype == kDtype) {
       Packed<kDtype == kF16 ? kF16 : kBF16> packed;
       PF_UNROLL
       for (int k = 0; k < 4; ++k) {
         const float pair[2] = {y[(2 * k) % V], y[(2 * k + 1) % V]};
         packed.set(k, pair);
       }
-      packed.store(out, true);
+      packed.store(out);
       return;
     }
   }
   PF_UNROLL
   for (int j = 0; j < V; ++j) store_element(out + j * itemsize(dtype), dtype, y[j]);
-}
-
-// As one kernel finds it in others' stead: one element, any rule but the median.
-PF_HD void merge_element(const Piece& piece, const Task* tasks, const Rule& rule, int64_t i, uint32_t& bad,
-                         uint32_t& largest) {
-  const bool extreme = rule.aggregate == kMax || rule.aggregate == kLargestFirst || rule.aggregate == kLargestLast;
-  if (rule.elect != kElectNone) {
-    if (extreme) merge_row<-1, 1, true, true>(piece, tasks, rule, i, bad, largest);
-    else merge_row<-1, 1, true, false>(piece, tasks, rule, i, bad, largest);
-  } else {
-    if (extreme) merge_row<-1, 1, false, true>(piece, tasks, rule, i, bad, largest);
-    else merge_row<-1, 1, false, false>(piece, tasks, rule, i, bad, largest);
-  }
 }
 
 // What a thread has seen of its piece that is not finite goes into the piece's record.
@@ -384,14 +365,33 @@ struct StagedPiece {
   Piece piece;
   Rule rule;
   Task tasks[kStagedTasks];
+  uint32_t one_by_one;  // an address allows no rows
 };
 
 PF_HD Piece* stage(StagedPiece& s, const MergeTables& tables, const Block& block, int threads) {
   Piece* const piece = tables.pieces + tables.tiles[block.index].piece;
-  if (block.thread == 0) s.piece = *piece, s.rule = tables.rules[piece->rule];
+  if (block.thread == 0) s.piece = *piece, s.rule = tables.rules[piece->rule], s.one_by_one = 0;
   if (piece->tasks <= kStagedTasks)
     for (int t = block.thread; t < piece->tasks; t += threads) s.tasks[t] = tables.tasks[piece->first_task + t];
   return piece;
+}
+
+// After `stage`: whether rows of V elements can be loaded and stored at once.
+template <int V>
+PF_HD void look_at_addresses(StagedPiece& s, const Task* tasks, const Block& block, int threads) {
+  const Piece& p = s.piece;
+  bool fits = true;
+  if (block.thread == 0) {
+    if (s.rule.base_kind == kBaseTensor) fits = rows_aligned<V>(p.base, p.base_dtype);
+    fits = fits && rows_aligned<V>(p.out, p.out_dtype) && (!p.sign || rows_aligned<V>(p.sign, p.sign_dtype));
+  }
+  for (int t = block.thread; t < p.tasks; t += threads) {
+    const Task& k = tasks[t];
+    fits = fits && rows_aligned<V>(k.x, k.dtype);
+    fits = fits && (!k.mask || k.mask_dtype > kBF16 || rows_aligned<V>(k.mask, k.mask_dtype));
+    fits = fits && (!k.weights || rows_aligned<V>(k.weights, k.weights_dtype));
+  }
+  if (!fits) atomic_or(&s.one_by_one, 1u);
 }
 
 PF_HD const Task* tasks_of(const StagedPiece& s, const MergeTables& tables) {

@@ -7,30 +7,29 @@ namespace peta {
 // kDtype: of base, models and output, where it is one and V is 8; else -1 and V is 4.
 template <int32_t kDtype, int V, bool kElecting, bool kExtreme>
 struct GeneralMerge {
-  static constexpr int kThreads = kMergeThreads, kBlocks = 2, kPhases = 2;
+  static constexpr int kThreads = kMergeThreads, kBlocks = 2, kPhases = 3;
   typedef StagedPiece Shared;
   MergeTables tables;
 
   template <int kPhase>
   PF_HD void phase(Shared& s, const Block& block) const {
-    if constexpr (kPhase == 0) {
-      stage(s, tables, block, kThreads);
-    } else {
-      const Task* const tasks = tasks_of(s, tables);
-      const Span span = span_of(tables.tiles[block.index], s.piece.size);
-      uint32_t bad = 0, largest = 0;
-      PF_NO_UNROLL
-      for (int64_t i = span.begin + int64_t(block.thread) * V; i < span.end; i += kThreads * V) {
-        if (i + V <= span.end) {
-          merge_row<kDtype, V, kElecting, kExtreme>(s.piece, tasks, s.rule, i, bad, largest);
-        } else {
-          PF_NO_UNROLL
-          for (int64_t k = i; k < span.end; ++k)
-            merge_row<-1, 1, kElecting, kExtreme>(s.piece, tasks, s.rule, k, bad, largest);
-        }
-      }
-      tell_nonfinite(tables.pieces[tables.tiles[block.index].piece], bad, largest, s.piece.out_dtype);
-    }
+    if constexpr (kPhase == 0) stage(s, tables, block, kThreads);
+    else if constexpr (kPhase == 1) look_at_addresses<V>(s, tasks_of(s, tables), block, kThreads);
+    else merge(s, block);
+  }
+
+  PF_HD void merge(Shared& s, const Block& block) const {
+    const Task* const tasks = tasks_of(s, tables);
+    const Span span = span_of(tables.tiles[block.index], s.piece.size);
+    const int64_t rows_end = s.one_by_one ? span.begin : span.begin + (span.end - span.begin) / V * V;
+    uint32_t bad = 0, largest = 0;
+    PF_NO_UNROLL
+    for (int64_t i = span.begin + int64_t(block.thread) * V; i < rows_end; i += kThreads * V)
+      merge_row<kDtype, V, kElecting, kExtreme>(s.piece, tasks, s.rule, i, bad, largest);
+    PF_NO_UNROLL
+    for (int64_t i = rows_end + block.thread; i < span.end; i += kThreads)
+      merge_row<-1, 1, kElecting, kExtreme>(s.piece, tasks, s.rule, i, bad, largest);
+    tell_nonfinite(tables.pieces[tables.tiles[block.index].piece], bad, largest, s.piece.out_dtype);
   }
 };
 

@@ -13,20 +13,45 @@ struct alignas(16) Words4 {
 PF_HD const uint8_t* at(uint64_t p, int64_t bytes) { return reinterpret_cast<const uint8_t*>(p) + bytes; }
 PF_HD bool aligned(const void* p, uint64_t to) { return (reinterpret_cast<uint64_t>(p) & (to - 1)) == 0; }
 
-PF_HD Words4 load_16(const void* p) {
-  Words4 v;
+// Of global memory, as the addresses within tables do not say. The compiler keeps their order.
 #if defined(__CUDA_ARCH__)
-  const uint4 u = *static_cast<const uint4*>(p);
-  v.w[0] = u.x, v.w[1] = u.y, v.w[2] = u.z, v.w[3] = u.w;
-#else
-  memcpy(&v, p, 16);
-#endif
+__device__ __forceinline__ Words4 load_global_16(const void* p) {
+  Words4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
   return v;
+}
+__device__ __forceinline__ void store_global_16(void* p, const Words4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :: "l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
+}
+__device__ __forceinline__ void load_global(const void* p, uint32_t& v) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void load_global(const void* p, uint16_t& v) {
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void store_global(void* p, uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_global(void* p, uint16_t v) {
+  asm volatile("st.global.u16 [%0], %1;" :: "l"(p), "h"(v) : "memory");
+}
+#endif
+
+PF_HD Words4 load_16(const void* p) {
+#if defined(__CUDA_ARCH__)
+  return load_global_16(p);
+#else
+  Words4 v;
+  memcpy(&v, p, 16);
+  return v;
+#endif
 }
 
 PF_HD void store_16(void* p, const Words4& v) {
 #if defined(__CUDA_ARCH__)
-  *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+  store_global_16(p, v);
 #else
   memcpy(p, &v, 16);
 #endif
@@ -35,28 +60,32 @@ PF_HD void store_16(void* p, const Words4& v) {
 // 2 or 4 bytes at any address.
 template <class T>
 PF_HD T load_small(const void* p) {
-#if defined(__CUDA_ARCH__)
-  if (aligned(p, sizeof(T))) return *static_cast<const T*>(p);
-  const uint8_t* b = static_cast<const uint8_t*>(p);
-  T v = 0;
-  for (unsigned i = 0; i < sizeof(T); ++i) v = T(v | T(b[i]) << (8 * i));
-  return v;
-#else
   T v;
+#if defined(__CUDA_ARCH__)
+  if (aligned(p, sizeof(T))) {
+    load_global(p, v);
+  } else {
+    const volatile uint8_t* const b = static_cast<const volatile uint8_t*>(p);
+    v = 0;
+    PF_NO_UNROLL
+    for (int i = int(sizeof(T)) - 1; i >= 0; --i) v = T(uint32_t(v) << 8 | b[i]);
+  }
+#else
   memcpy(&v, p, sizeof v);
-  return v;
 #endif
+  return v;
 }
 
 template <class T>
 PF_HD void store_small(void* p, T v) {
 #if defined(__CUDA_ARCH__)
   if (aligned(p, sizeof(T))) {
-    *static_cast<T*>(p) = v;
-    return;
+    store_global(p, v);
+  } else {
+    volatile uint8_t* const b = static_cast<volatile uint8_t*>(p);
+    PF_NO_UNROLL
+    for (unsigned i = 0; i < sizeof(T); ++i) b[i] = uint8_t(v >> (8 * i));
   }
-  uint8_t* b = static_cast<uint8_t*>(p);
-  for (unsigned i = 0; i < sizeof(T); ++i) b[i] = uint8_t(v >> (8 * i));
 #else
   memcpy(p, &v, sizeof v);
 #endif
@@ -144,6 +173,33 @@ PF_HD uint32_t first_overflow(int32_t dtype) {
   return dtype == kBF16 ? 0x7f7f8000u : dtype == kF16 ? 0x477ff000u : 0x7f800000u;
 }
 
+// sum + d * 0: NaN once any d is not finite.
+PF_HD float sticky(float sum, float d) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(d, 0.0f, sum);
+#else
+  return sum + d * 0.0f;
+#endif
+}
+
+// What stands before is worked off before what stands behind: elements side by side would take too many registers.
+PF_HD void one_after_another() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// a / b, as IEEE has it, given inverse = 1 / b rounded to nearest: Markstein's step, whose remainder is exact. For finite
+// a and b whose magnitudes, quotient and remainder are far from the ends of the range; a may be 0.
+PF_HD float divide_by(float a, float b, float inverse) {
+  const float q = a * inverse;
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(__fmaf_rn(-b, q, a), inverse, q);
+#else
+  return fmaf(fmaf(-b, q, a), inverse, q);
+#endif
+}
+
 // ---------------------------------------------------------------- 16 bytes of one dtype
 
 template <int32_t kDtype>
@@ -152,36 +208,8 @@ struct Packed {
   static constexpr int kPerWord = kDtype == kF32 ? 1 : 2;
   Words4 words;
 
-  // From any address; `whole`: it is a multiple of 16.
-  PF_HD void load(const void* p, bool whole) {
-    if (whole) {
-      words = load_16(p);
-      return;
-    }
-    PF_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const uint8_t* b = static_cast<const uint8_t*>(p) + 4 * k;
-      if (kDtype == kF32) words.w[k] = load_small<uint32_t>(b);
-      else words.w[k] = load_small<uint16_t>(b) | uint32_t(load_small<uint16_t>(b + 2)) << 16;
-    }
-  }
-
-  PF_HD void store(void* p, bool whole) const {
-    if (whole) {
-      store_16(p, words);
-      return;
-    }
-    PF_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      uint8_t* b = static_cast<uint8_t*>(p) + 4 * k;
-      if (kDtype == kF32) {
-        store_small<uint32_t>(b, words.w[k]);
-      } else {
-        store_small<uint16_t>(b, uint16_t(words.w[k]));
-        store_small<uint16_t>(b + 2, uint16_t(words.w[k] >> 16));
-      }
-    }
-  }
+  PF_HD void load(const void* p) { words = load_16(p); }  // a multiple of 16
+  PF_HD void store(void* p) const { store_16(p, words); }
 
   PF_HD float get(int k, int half) const {  // of word k; NaN of fp16 lose their payload
     const uint32_t w = words.w[k];

@@ -15,7 +15,7 @@ static constexpr int kSelectThreads = 256;
 static constexpr int64_t kSmall = 65536;
 static constexpr int64_t kSelectTile = 16384;
 static constexpr int kSlots = 4;      // queries that share one reading of a tile
-static constexpr int kStaged = 768;   // values inside a bracket that a block keeps for each, before they go to memory
+static constexpr int kStaged = 768;   // values inside a bracket that a block keeps for each on their way to memory
 static constexpr int64_t kChunk = 65536;  // values of an array that a block counts at once
 
 enum Status : int32_t { kStreaming = 0, kInside = 1, kMissed = 2, kFound = 3 };
