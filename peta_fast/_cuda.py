@@ -12,11 +12,11 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
+from peta_fast._cuda_build import NAME
 from peta_fast.errors import PetaFastError, ResourceError
 
 INTERFACE = 1
 """Of the library that this package speaks to; csrc/device/device.cu."""
-NAME = "libpeta_fast_cuda.so"
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -85,17 +85,18 @@ class Library:
             raise ResourceError(f"cuda:{place.device}" if self.kind == "cuda" else self.kind, message)
 
 
-def library_version() -> str:
-    """What a library in the cache must be of: the package's version and its sources."""
+def cache_folder() -> Path:
+    """Where `peta-fast build-cuda` puts libraries of this version, each in a folder named after its architectures."""
     from peta_fast import __version__
 
-    return __version__
-
-
-def cache_folder() -> Path:
-    """Where `peta-fast build-cuda` puts the library."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "peta_fast" / library_version()
+    return Path(root) / "peta_fast" / f"{__version__}-{INTERFACE}"
+
+
+def source_folder() -> Path | None:
+    """csrc, as the wheel carries it or beside the package in a checkout; None where it is neither."""
+    places = (PACKAGE / "_csrc", PACKAGE.parent / "csrc")
+    return next((place for place in places if (place / "device" / "device.cu").exists()), None)
 
 
 def candidates() -> list[Path]:
