@@ -39,12 +39,14 @@ class Buffer:
     dtype    a key of ITEMSIZE
     size     number of elements
     owner    whatever must stay alive while the address is used
+    device   whose memory it is: "" for the host's, or "cuda:0"
     """
 
     address: int
     dtype: str
     size: int
     owner: Any = field(default=None, repr=False, compare=False)
+    device: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +56,7 @@ class Buffer:
         """Elements [start, stop), without a copy."""
         if not 0 <= start <= stop <= self.size:
             raise IndexError(f"[{start}, {stop}) is outside a buffer of {self.size} elements")
-        return Buffer(self.address + start * ITEMSIZE[self.dtype], self.dtype, stop - start, self.owner)
+        return Buffer(self.address + start * ITEMSIZE[self.dtype], self.dtype, stop - start, self.owner, self.device)
 
     def as_bytes(self) -> memoryview:
         """The raw bytes, without a copy."""

@@ -13,6 +13,7 @@ from types import ModuleType
 from unittest import mock
 
 import numpy as np
+from host_build import host_ops
 
 from peta_fast._native import native
 from peta_fast.buffers import Buffer
@@ -32,13 +33,14 @@ GUARD = 64
 
 @contextlib.contextmanager
 def running_on(name: str) -> Iterator[ModuleType]:
-    """The operations run on plain numpy, or natively on one instruction set, until the end of the block."""
-    module = plain if name == "plain" else NATIVE
+    """The operations run on plain numpy, natively on one instruction set, or on the host build of the CUDA kernels
+    ("cuda"), until the end of the block."""
+    module = plain if name == "plain" else host_ops() if name == "cuda" else NATIVE
     before = NATIVE.simd() if NATIVE else ""
     with contextlib.ExitStack() as stack:
         for op in (delta_merge, merge_variants, order_statistics, task_statistics):
-            stack.enter_context(mock.patch.object(op, "backend", lambda: module))
-        if name != "plain":
+            stack.enter_context(mock.patch.object(op, "backend", lambda device="": module))
+        if name in LEVELS:
             assert module.set_simd(name), name
             stack.callback(module.set_simd, before)
         yield module

@@ -15,7 +15,7 @@ PACKAGE = Path(peta_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"errors": ("errors",)},
-    {"buffers": ("buffers",), "_native": ("_native", "_cpu")},
+    {"buffers": ("buffers",), "_native": ("_native", "_cpu"), "_cuda": ("_cuda", "_cuda_build")},
     {"ops": ("ops",), "formats": ("formats",)},
     {"methods": ("methods",), "nn": ("nn",)},
     {"recipe": ("recipe", "_recipe_reader", "_recipe_settings", "_recipe_spec", "_yaml_lines")},

@@ -26,6 +26,7 @@ def findings() -> dict[str, Any]:
     import platform
     import tempfile
 
+    from peta_fast import _cuda
     from peta_fast._native import describe
     from peta_fast.formats import free_bytes
     from peta_fast.formats.hub import cache_directory, is_offline
@@ -36,6 +37,7 @@ def findings() -> dict[str, Any]:
         "platform": platform.platform(),
         **{name: _version(name) for name in PACKAGES},
         **describe(),
+        **_cuda.describe(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory": _memory(),
         "free disk here": free_bytes("."),
@@ -73,7 +75,7 @@ def _gpu() -> str:
             driver = lines.readline().partition("Module")[2].split()[0]
     except (OSError, IndexError):
         return "none"
-    return f"NVIDIA, driver {driver}; merging runs on the CPU all the same"
+    return f"NVIDIA, driver {driver}"
 
 
 def _text(name: str, value: Any) -> str:
