@@ -34,8 +34,9 @@ from peta_fast.run import Progress, Report, run
 
 WINDOW = 32
 """Points whose thresholds are found in one reading."""
-TOGETHER = 8
-"""Variants made in one pass over the inputs: with more, little is left to be shared."""
+TOGETHER = 3
+"""Variants made in one pass over the inputs, where they differ in weights alone: with more, the memory that they want
+for the first time costs more than there is left to be shared."""
 BATCH = 1 << 24
 """Elements merged in one call."""
 MANY = 1000
