@@ -1,10 +1,10 @@
 """A sweep of 20 TIES variants, 4 densities x 5 weights: in memory one by one, into a live model, and to checkpoints.
 
 n parameters, T = 3, bf16, V = 20 variants. In memory the inputs, 2 (T + 1) n bytes, are read once for all thresholds
-and once for every 2 or 3 variants; 2 V n bytes are written. Floor: two threads read the inputs once and write V outputs from the
-cache into memory that is used again; to checkpoints, two threads read the inputs once and write and fsync V outputs.
-Reference: V times mergekit 0.1.5 for one, by its row in results/merge_suite.json (another run, files to files); for
-checkpoints, V single merges by peta_fast in one process.
+and once for every 2 or 3 variants; 2 V n bytes are written. Floor: two threads read the inputs once and write V outputs
+from the cache into memory that is used again; to checkpoints, two threads read the inputs once and write and fsync V
+outputs. Reference: V times mergekit 0.1.5 for one, by its row in results/merge_suite.json (another run, files to
+files); for checkpoints, V single merges by peta_fast in one process.
 
     python benchmarks/bench_sweep.py --families DIR     writes results/sweep.json and sweep.md
     peta-fast bench sweep

@@ -22,7 +22,7 @@ import numpy as np
 from peta_fast._grid import OTHER_KEYS, Axis, Grid, axes_of
 from peta_fast._run_variants import Outcome, run_all
 from peta_fast._sweep_results import Point, Results, SweepJournal, best_of, scores_of
-from peta_fast._tensor_plan import TensorPlan
+from peta_fast._tensor_plan import SELECTION_BYTES, TensorPlan
 from peta_fast._variants import Targets, VariantEngine, selections_of
 from peta_fast.buffers import LONG_NAMES, Buffer
 from peta_fast.errors import CheckpointError, PetaFastError, RecipeError
@@ -179,7 +179,8 @@ class Sweep:
         """As iteration, without the points at these places."""
         hall = _Hall(self)
         try:
-            for window in _windows((i for i in self.grid.order() if i not in skip), self.grid.block()):
+            places = (i for i in self.grid.order() if i not in skip)
+            for window in _windows(places, self.grid.block(), hall.most_points()):
                 yield from hall.variants(window)
         finally:
             hall.close()
@@ -312,9 +313,9 @@ class Sweep:
         return run(plan, out, resume=True, force=True, threads=self.threads, allow_nonfinite=self.allow_nonfinite)
 
 
-def _windows(order: Iterator[int], block: int) -> Iterator[list[int]]:
-    """Runs of points whose thresholds are found together; whole blocks where they fit."""
-    size = WINDOW // block * block or WINDOW
+def _windows(order: Iterator[int], block: int, most: int) -> Iterator[list[int]]:
+    """Runs of at most so many points whose thresholds are found together; whole blocks where they fit."""
+    size = most // block * block or most
     held: list[int] = []
     for index in order:
         held.append(index)
@@ -391,6 +392,13 @@ class _Hall:
         if key not in self.masks:
             self.masks[key] = open_masks(recipe)
         return self.masks[key]
+
+    def most_points(self) -> int:
+        """How many points may have their thresholds found together: it takes memory for each, of the largest tensor."""
+        recipe = self.owner.grid.recipe_of(0)
+        plan = plan_tensors(recipe, self.sources, self._masks_of(recipe))
+        each = max((SELECTION_BYTES * t.size * t.costs.selections for t in plan), default=0)
+        return max(1, min(WINDOW, int(self.owner.max_memory / 4 / max(1, each))))
 
     # Where variants go
 

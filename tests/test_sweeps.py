@@ -194,7 +194,7 @@ def test_checkpoints_are_byte_for_byte_those_of_single_merges(method, grid, fold
 
 def test_a_killed_sweep_to_disk_goes_on(folder, tmp_path, monkeypatch):
     found = peta_fast.sweep(folder / "ties.yml", grid=["weight=0.5,1", "density=0.2,0.5"])
-    found.write(tmp_path / "whole", max_memory="10MB")
+    found.write(tmp_path / "whole", max_memory="12MB")
     original, calls = _run_variants._Lanes._make_slab, []
 
     def dying(self, *words):
@@ -206,9 +206,9 @@ def test_a_killed_sweep_to_disk_goes_on(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_run_variants._Lanes, "_make_slab", dying)
         with pytest.raises(KeyboardInterrupt):
-            found.write(tmp_path / "out", max_memory="10MB")
-    assert all("--resume" in str(o.error) for o in found.write(tmp_path / "out", max_memory="10MB"))
-    outcomes = found.write(tmp_path / "out", max_memory="10MB", resume=True)
+            found.write(tmp_path / "out", max_memory="12MB")
+    assert all("--resume" in str(o.error) for o in found.write(tmp_path / "out", max_memory="12MB"))
+    outcomes = found.write(tmp_path / "out", max_memory="12MB", resume=True)
     assert all(0 < o.report.skipped_bytes < 700_000 for o in outcomes)
     for outcome in outcomes:
         assert files_of(outcome.out) == files_of(tmp_path / "whole" / outcome.name)
