@@ -200,7 +200,8 @@ class Sweep:
     ) -> Results:
         """Calls evaluator(state or model, parameters) for every variant; what it raises is recorded.
 
-        out     folder for results.csv, results.json, results.png, the journal, and with `best` the best variant
+        out     folder for results.csv, results.json, results.png, the journal and, with `best` and models in files,
+                the best variant
         best    "max" or "min"
         metric  which score of a dict counts; the first when not given
         name    of the evaluator, in the journal: a sweep resumes under the same name only
