@@ -22,7 +22,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"plan": ("plan", "_assignment", "_tensor_plan")},
     {"run": ("run", "_run_variants", "_engine", "_variants", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
-    {"sweeps": ("sweeps", "batches", "_grid", "_sweep_results")},
+    {"sweeps": ("sweeps", "batches", "_grid", "_sweep_results", "_variant_memory")},
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},
     {"the package itself": ("",)},

@@ -14,7 +14,7 @@ from families import assert_same_bits, coarse_family, family, inputs_of
 from model_folders import HIDDEN, VOCAB, files_of, load, save_family, save_model
 
 import peta_fast
-from peta_fast import _run_variants, sweeps
+from peta_fast import _run_variants, _variant_memory
 from peta_fast._grid import Grid, axes_of, read_axes
 from peta_fast._sweep_results import JOURNAL
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError, ResourceError
@@ -71,8 +71,8 @@ def test_every_variant_has_the_bits_of_its_own_merge(name, dtypes):
 
 def test_many_variants_in_small_batches_and_few_slots(monkeypatch):
     """More points than a window takes, tensors in several calls, and exact equals everywhere."""
-    monkeypatch.setattr(sweeps, "WINDOW", 5)
-    monkeypatch.setattr(sweeps, "BATCH", 100)
+    monkeypatch.setattr(_variant_memory, "WINDOW", 5)
+    monkeypatch.setattr(_variant_memory, "BATCH", 100)
     base, models = coarse_family(3, dtype=torch.bfloat16)
     grid = {"density": [0.1, 0.3, 0.9], "weight": [0.2, 0.7, 1.0]}
     found = peta_fast.sweep(method="ties", base=base, models=models, grid=grid, max_memory=7000)
