@@ -98,6 +98,18 @@ def test_numpy_comes_out_where_numpy_goes_in():
     assert variant.state["steps"].tolist() == [0, 1, 2]
 
 
+def test_models_in_another_form_than_elements_go_through_their_own_merges(monkeypatch):
+    """Where a source hands over something else than fp32, fp16 or bf16, only the engine of one merge may read it."""
+    from peta_fast import _variants
+
+    monkeypatch.setattr(_variants, "MERGEABLE", ())
+    monkeypatch.setattr(_variants, "merge_variants", lambda jobs, threads: [] if not jobs else pytest.fail("shared"))
+    base, models = family(2)
+    for variant in peta_fast.sweep(method="ties", base=base, models=models, grid={"density": [0.2, 0.6]}):
+        single = peta_fast.merge_state_dicts(base, models, method="ties", **variant.parameters)
+        assert_same_bits(variant.state, single)
+
+
 # A live model
 
 
