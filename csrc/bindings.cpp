@@ -121,6 +121,7 @@ void check_group(int64_t i, const VariantGroup& g, const Task* terms, int64_t nu
   if (g.size && g.base_kind == kBaseTensor && !g.base) fail("group", i, "no base");
   for (int64_t t = g.first_term; t < g.first_term + g.terms; ++t) {
     if (g.size && !terms[t].x) fail("term", t, "has no input");
+    check_dtype("term", t, terms[t].dtype, kBF16);
     if (terms[t].weights) fail("term", t, "has element-wise weights, which only delta_merge takes");
   }
 }

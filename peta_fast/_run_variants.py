@@ -20,7 +20,7 @@ from peta_fast.buffers import Buffer
 from peta_fast.errors import PetaFastError, ResourceError
 from peta_fast.formats import free_bytes
 from peta_fast.journal import Slab, slabs_of
-from peta_fast.plan import BASIC_MEMORY, BATCH, SLAB, SMALLEST_SLAB, Plan
+from peta_fast.plan import BASIC_MEMORY, BATCH, RING, SLAB, SMALLEST_SLAB, Plan
 from peta_fast.run import AHEAD, Batches, Content, Progress, ReadAhead, Report, Ring, clear, run
 
 TOGETHER = 32
@@ -57,11 +57,11 @@ def run_all(
     options = {"resume": resume, "force": force, "allow_nonfinite": allow_nonfinite, "threads": threads}
     found: dict[str, Outcome] = {}
     meter = _Meter(named, progress)
-    for lanes in _together(named, max_memory):
+    for lanes, slab in _together(named, max_memory):
         if len(lanes) == 1:
             outcomes = [_run_one(*lanes[0], options, meter)]
         else:
-            outcomes = _Lanes(lanes, max_memory, options, meter).run()
+            outcomes = _Lanes(lanes, slab, options, meter).run()
         found.update((outcome.name, outcome) for outcome in outcomes)
     return [found[name] for name, _, _ in named]
 
@@ -85,18 +85,38 @@ def _run_one(name: str, plan: Plan, out: Path, options: dict, meter: _Meter) -> 
         return Outcome(name, out, None, error)
 
 
-def _together(named: Sequence[tuple[str, Plan, Path]], max_memory: int) -> Iterator[list[tuple[str, Plan, Path]]]:
-    """Plans whose outputs have the same shards and names, and which start from the same model."""
+def _together(
+    named: Sequence[tuple[str, Plan, Path]], max_memory: int
+) -> Iterator[tuple[list[tuple[str, Plan, Path]], int]]:
+    """Plans whose outputs have the same shards and names, and which start from the same model; and their slab size."""
     groups: dict[tuple, list] = {}
     for entry in named:
         plan = entry[1]
         tensors = tuple((t.name, t.dtype, t.shape, t.action == "alias") for t in plan.tensors)
         shards = tuple((s.filename, s.header, s.size) for s in plan.layouts)
         groups.setdefault((plan.donor, tensors, shards), []).append(entry)
-    most = max(1, min(TOGETHER, (max_memory - BASIC_MEMORY) // SMALLEST_SLAB - SPARE))
     for members in groups.values():
-        for start in range(0, len(members), most):
-            yield members[start : start + most]
+        taken: list = []
+        for entry in members:
+            if taken and (len(taken) == TOGETHER or _room(taken + [entry], max_memory) < SMALLEST_SLAB):
+                yield taken, _slab(taken, max_memory)
+                taken = []
+            taken.append(entry)
+        yield taken, _slab(taken, max_memory)
+
+
+def _room(named: Sequence[tuple[str, Plan, Path]], max_memory: int) -> int:
+    """Bytes that are left for one slab: what each merge takes beside its slabs is counted for each."""
+    beside = sum(plan.peak_memory - BASIC_MEMORY - RING * plan.slab for _, plan, _ in named)
+    return (max_memory - BASIC_MEMORY - beside) // (len(named) + SPARE)
+
+
+def _slab(named: Sequence[tuple[str, Plan, Path]], max_memory: int) -> int:
+    """The slab size with which one slab of every output, and some spare, fit into max_memory."""
+    slab, room = SLAB, _room(named, max_memory)
+    while slab > SMALLEST_SLAB and slab > room:
+        slab //= 2
+    return slab
 
 
 class _Meter:
@@ -165,9 +185,8 @@ class _Lane:
 class _Lanes:
     """Plans that share their readings."""
 
-    def __init__(self, named, max_memory: int, options: dict, meter: _Meter):
+    def __init__(self, named, slab: int, options: dict, meter: _Meter):
         self.options, self.meter = options, meter
-        slab = _slab(len(named), max_memory)
         self.lanes = [_Lane(name, dataclasses.replace(plan, slab=slab), out) for name, plan, out in named]
 
     def run(self) -> list[Outcome]:
@@ -292,11 +311,3 @@ class _Writer:
     def finish(self) -> None:
         self.slabs.put(None)
         self.thread.join()
-
-
-def _slab(lanes: int, max_memory: int) -> int:
-    """The slab size with which one slab of every output, and some spare, fit into max_memory."""
-    slab = SLAB
-    while slab > SMALLEST_SLAB and BASIC_MEMORY + (lanes + SPARE) * slab > max_memory * 3 // 4:
-        slab //= 2
-    return slab

@@ -246,5 +246,6 @@ def _draw_heatmap(axes, results: Results, rated, row: str, column: str):
     axes.set_ylabel(row)
     if len(rows) * len(columns) <= 100:
         for (r, c), score in found.items():
-            axes.text(columns.index(c), rows.index(r), f"{score:.3g}", ha="center", va="center", fontsize=7, color="w")
+            ink = "k" if image.norm(score) > 0.6 else "w"
+            axes.text(columns.index(c), rows.index(r), f"{score:.3g}", ha="center", va="center", fontsize=7, color=ink)
     return image

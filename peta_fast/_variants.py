@@ -9,7 +9,7 @@ from peta_fast._assignment import Source
 from peta_fast._beside import Beside
 from peta_fast._engine import Engine, Piece
 from peta_fast._tensor_plan import TensorPlan, is_whole_tensor, mask_name, spec_of, wants_gram, wants_model_gram
-from peta_fast.buffers import ITEMSIZE, Buffer
+from peta_fast.buffers import ITEMSIZE, MERGEABLE, Buffer
 from peta_fast.errors import PetaFastError
 from peta_fast.ops.delta_merge import (
     DeltaMerge,
@@ -185,15 +185,19 @@ class VariantEngine:
     def _parts_of(self, name: str):
         """The variants whose merges of a tensor can share a pass, the Shared of each such set, and its inputs."""
         sets: dict[tuple, list[tuple[int, DeltaMerge]]] = {}
+        known: dict[tuple, Inputs] = {}
         for v in self.alive:
             tensor = self.by_name[v].get(name)
             if tensor is None or tensor.action != "merge" or not tensor.size or self._whole[v]:
                 continue
+            (inputs,) = self._inputs((v,), name, known)
+            if any(model.dtype not in MERGEABLE for model in inputs.models):
+                continue  # in another form than elements: its own merge knows how to read it
             spec = self._spec(v, tensor)
             sets.setdefault((tensor.base if spec.base == "tensor" else None, *kind_of(spec)), []).append((v, spec))
         for members in sets.values():
             variants = tuple(v for v, _ in members)
-            each = self._inputs(variants, name)
+            each = self._inputs(variants, name, known)
             patterns = self._patterns(variants, name)
             majorities = tuple(self.engines[v].majority for v in variants)
             seeds = tuple(self.recipes[v].seed for v in variants)
@@ -213,15 +217,14 @@ class VariantEngine:
             self._grams[key] = task_statistics(None, models, base_kind=BASE_ZERO, threads=self.threads).gram
         return spec_of(self.recipes[v], tensor, engine.total, self._grams[key])
 
-    def _inputs(self, variants: tuple[int, ...], name: str) -> list[Inputs]:
-        found: dict[tuple, Inputs] = {}
+    def _inputs(self, variants: tuple[int, ...], name: str, known: dict[tuple, Inputs]) -> list[Inputs]:
         each = []
         for v in variants:
             tensor = self.by_name[v][name]
             key = tensor.base, tensor.models, id(self.engines[v].masks)
-            if key not in found:
-                found[key] = self.engines[v].inputs(tensor)
-            each.append(found[key])
+            if key not in known:
+                known[key] = self.engines[v].inputs(tensor)
+            each.append(known[key])
         return each
 
     def _patterns(self, variants: tuple[int, ...], name: str) -> tuple[tuple[Hashable, ...], ...]:

@@ -152,6 +152,31 @@ def test_faults_of_the_text_are_all_told_before_any_work(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_with_a_recipes_name_is_its_result(folder, tmp_path):
+    last = {
+        "merge_method": "linear",
+        "models": [{"model": "first"}, {"model": "second"}],
+        "parameters": {"weight": 0.5},
+    }
+    batch = stream({**last, "name": "last"}, recipe(folder, name="first"), recipe(folder, models="bc", name="second"))
+    outcomes = peta_fast.merge_batch(batch, tmp_path / "out")
+    assert [o.name for o in outcomes] == ["last", "first", "second"] and not any(o.error for o in outcomes)
+    models = [{"model": str(tmp_path / "out" / n)} for n in ("first", "second")]
+    peta_fast.merge(json.dumps({**last, "models": models}), tmp_path / "alone")
+    alone, merged = files_of(tmp_path / "alone"), files_of(tmp_path / "out" / "last")
+    assert alone["model.safetensors"] == merged["model.safetensors"]
+
+
+def test_what_needs_a_failed_recipe_fails_too_and_circles_are_refused(folder, tmp_path):
+    last = {"merge_method": "linear", "models": [{"model": "bad"}, {"model": f"{folder}/a"}], "name": "last"}
+    last["parameters"] = {"weight": 0.5}
+    bad = recipe(folder, models=["missing"], name="bad")
+    outcomes = peta_fast.merge_batch(stream(bad, last), tmp_path / "out")
+    assert "needs what 'bad' should have made" in str(outcomes[1].error)
+    with pytest.raises(RecipeError, match="'bad', 'last' need each other"):
+        peta_fast.merge_batch(stream({**bad, "base_model": "last"}, last), tmp_path / "out")
+
+
 def test_more_recipes_than_memory_takes_at_once(tmp_path):
     base = tensors(0, dtype=torch.bfloat16, names={"w": (400, 700)})
     save_model(tmp_path / "base", base)
@@ -187,7 +212,7 @@ def test_merge_takes_a_batch(models, run):
     code, out, err = run("merge", models / "batch.yml", models / "out", "--resume", "-q")
     assert code == 0 and err == "" and out.count("were there already") == 2
     code, out, err = run("merge", models / "batch.yml", models / "none", "--dry-run")
-    assert code == 0 and "two: linear" in out and not (models / "none").exists()
+    assert code == 0 and "two: 4 tensors" in out and not (models / "none").exists()
 
 
 @pytest.mark.parametrize("broken, code", [("c", 3), ("d", 4)])

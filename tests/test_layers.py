@@ -26,7 +26,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "adapters": ("adapters",),
         "fit": ("fit",),
         "analysis": ("analysis",),
-        "sweeps": ("sweeps", "batches", "_grid", "_sweep_results"),
+        "sweeps": ("sweeps", "batches", "_grid", "_sweep_results", "_variant_memory"),
     },
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},

@@ -236,6 +236,7 @@ def test_nan_has_one_pattern_in_every_variant():
         ("groups", {"base": 0}, "no base"),
         ("groups", {"base_kind": 7}, "unknown base kind"),
         ("terms", {"x": 0}, "has no input"),
+        ("terms", {"dtype": 3}, "unknown dtype code 3"),
         ("terms", {"weights": 64}, "which only delta_merge takes"),
         ("variants", {"uses": 2}, r"variant\[0\]: uses out of range"),
         ("variants", {"rule": 1}, "rule out of range"),

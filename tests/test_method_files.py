@@ -92,6 +92,19 @@ def test_a_file_is_a_method(add_method, tmp_path, code, dtype):
         torch.testing.assert_close(merged[name].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("code", [ELEMENT_WISE, WHOLE_TENSOR], ids=["element-wise", "whole tensor"])
+def test_a_file_is_a_method_of_sweeps(add_method, tmp_path, code):
+    method = add_method("added", code)
+    save_family(tmp_path, names={"wide": (300, 700), "thin": (41,)})
+    models = [tmp_path / m for m in ("a", "b")]
+    found = peta_fast.sweep(method=method, base=tmp_path / "base", models=models, grid={"share": [0.2, 0.5]}, boost=3.0)
+    outcomes = found.write(tmp_path / "out", max_memory=16 << 20)
+    for index, (outcome, variant) in enumerate(zip(outcomes, found, strict=True)):
+        merge(tmp_path, tmp_path / str(index), method=method, boost=3.0, **variant.parameters)
+        assert_same_bits(load(outcome.out), load(tmp_path / str(index)))
+        assert_same_bits(variant.state, load(tmp_path / str(index)))
+
+
 def test_results_over_whole_tensors_are_let_go_when_they_are_written(add_method, tmp_path, monkeypatch):
     method = add_method("added", WHOLE_TENSOR)
     save_family(tmp_path, names={f"w{i}": (300, 900) for i in range(6)})

@@ -14,7 +14,7 @@ from families import assert_same_bits, coarse_family, family, inputs_of
 from model_folders import HIDDEN, VOCAB, files_of, load, save_family, save_model
 
 import peta_fast
-from peta_fast import _run_variants, sweeps
+from peta_fast import _run_variants, _variant_memory
 from peta_fast._grid import Grid, axes_of, read_axes
 from peta_fast._sweep_results import JOURNAL
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError, ResourceError
@@ -71,8 +71,8 @@ def test_every_variant_has_the_bits_of_its_own_merge(name, dtypes):
 
 def test_many_variants_in_small_batches_and_few_slots(monkeypatch):
     """More points than a window takes, tensors in several calls, and exact equals everywhere."""
-    monkeypatch.setattr(sweeps, "WINDOW", 5)
-    monkeypatch.setattr(sweeps, "BATCH", 100)
+    monkeypatch.setattr(_variant_memory, "WINDOW", 5)
+    monkeypatch.setattr(_variant_memory, "BATCH", 100)
     base, models = coarse_family(3, dtype=torch.bfloat16)
     grid = {"density": [0.1, 0.3, 0.9], "weight": [0.2, 0.7, 1.0]}
     found = peta_fast.sweep(method="ties", base=base, models=models, grid=grid, max_memory=7000)
@@ -96,6 +96,18 @@ def test_numpy_comes_out_where_numpy_goes_in():
     (variant,) = peta_fast.sweep(method="task_arithmetic", base=base, models=models, grid={"weight": [0.5]})
     assert variant.state["a"].tolist() == (np.ones((3, 4)) * 2.5).tolist()
     assert variant.state["steps"].tolist() == [0, 1, 2]
+
+
+def test_models_in_another_form_than_elements_go_through_their_own_merges(monkeypatch):
+    """Where a source hands over something else than fp32, fp16 or bf16, only the engine of one merge may read it."""
+    from peta_fast import _variants
+
+    monkeypatch.setattr(_variants, "MERGEABLE", ())
+    monkeypatch.setattr(_variants, "merge_variants", lambda jobs, threads: [] if not jobs else pytest.fail("shared"))
+    base, models = family(2)
+    for variant in peta_fast.sweep(method="ties", base=base, models=models, grid={"density": [0.2, 0.6]}):
+        single = peta_fast.merge_state_dicts(base, models, method="ties", **variant.parameters)
+        assert_same_bits(variant.state, single)
 
 
 # A live model
@@ -194,7 +206,7 @@ def test_checkpoints_are_byte_for_byte_those_of_single_merges(method, grid, fold
 
 def test_a_killed_sweep_to_disk_goes_on(folder, tmp_path, monkeypatch):
     found = peta_fast.sweep(folder / "ties.yml", grid=["weight=0.5,1", "density=0.2,0.5"])
-    found.write(tmp_path / "whole", max_memory="10MB")
+    found.write(tmp_path / "whole", max_memory="12MB")
     original, calls = _run_variants._Lanes._make_slab, []
 
     def dying(self, *words):
@@ -206,9 +218,9 @@ def test_a_killed_sweep_to_disk_goes_on(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_run_variants._Lanes, "_make_slab", dying)
         with pytest.raises(KeyboardInterrupt):
-            found.write(tmp_path / "out", max_memory="10MB")
-    assert all("--resume" in str(o.error) for o in found.write(tmp_path / "out", max_memory="10MB"))
-    outcomes = found.write(tmp_path / "out", max_memory="10MB", resume=True)
+            found.write(tmp_path / "out", max_memory="12MB")
+    assert all("--resume" in str(o.error) for o in found.write(tmp_path / "out", max_memory="12MB"))
+    outcomes = found.write(tmp_path / "out", max_memory="12MB", resume=True)
     assert all(0 < o.report.skipped_bytes < 700_000 for o in outcomes)
     for outcome in outcomes:
         assert files_of(outcome.out) == files_of(tmp_path / "whole" / outcome.name)

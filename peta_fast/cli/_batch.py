@@ -63,13 +63,19 @@ def _print(outcomes) -> None:
 
 
 def _print_plans(named, max_memory, max_shard_size, as_json) -> int:
+    from peta_fast.batches import needs_of
     from peta_fast.cli._planning import planned
     from peta_fast.cli._text import print_json, size_text
 
-    plans = [(name, planned(recipe, None, None, max_memory, max_shard_size, 0)) for name, recipe in named]
+    needs = needs_of(named)
+    plans = {
+        name: None if needs[name] else planned(recipe, None, None, max_memory, max_shard_size, 0)
+        for name, recipe in named
+    }
     if as_json:
-        print_json([{"name": name, **plan.to_json()} for name, plan in plans])
+        print_json([{"name": n, **(p.to_json() if p else {"after": needs[n]})} for n, p in plans.items()])
         return 0
-    for name, plan in plans:
-        print(f"{name}: {plan.recipe.method}, {len(plan.tensors)} tensors, {size_text(plan.bytes_written)} to write")
+    for name, plan in plans.items():
+        what = f"{len(plan.tensors)} tensors, {size_text(plan.bytes_written)} to write" if plan else ""
+        print(f"{name}: {what or 'after ' + ', '.join(needs[name])}")
     return 0
