@@ -327,3 +327,24 @@ def test_regmean_pp_takes_its_own_statistics_alone():
 def test_the_outputs_of_the_example_are_those_of_kfac():
     exact = dense([W1, W2], GRAMS, OUTPUTS)
     torch.testing.assert_close(exact.float(), KFAC, rtol=0, atol=1e-6)
+
+
+def test_the_command_line_says_what_was_solved_and_how_well(tmp_path, capsys):
+    import yaml
+    from command_line import runner
+
+    collected = statistics()
+    for t, found in enumerate(collected):
+        x = torch.randn(1, 5, generator=torch.Generator().manual_seed(t))
+        found["lm_head.input_gram"] = (x.T @ x)[torch.triu_indices(5, 5).unbind()]
+    listed = save_all(tmp_path, models(), collected)
+    run = runner(capsys)
+    for method, parameters in (("regmean", {"off_diagonal": 1.0}), ("mats", {"iterations": 1, "tolerance": 1e-9})):
+        (tmp_path / f"{method}.yml").write_text(yaml.safe_dump({"method": method, "parameters": parameters, **listed}))
+        code, text, errors = run("merge", tmp_path / f"{method}.yml", tmp_path / method)
+        assert code == 0, errors
+        expected = {
+            "regmean": "solved 2 tensors directly, 1 with a ridge of up to 1e-05: lm_head.weight",
+            "mats": "solved 2 tensors by conjugate gradients, 2 not to the tolerance (|r| up to ",
+        }
+        assert expected[method] in text

@@ -111,7 +111,7 @@ def conjugate_gradients(
     right: Tensor,
     start: Tensor,
     *,
-    precondition: Callable[[Tensor], Tensor] = lambda residual: residual,
+    precondition: Callable[[Tensor], Tensor] | None = None,
     tolerance: float = 1e-5,
     iterations: int = 100,
     absolute_first: float = 0.0,
@@ -120,12 +120,13 @@ def conjugate_gradients(
 
     apply           A, symmetric positive semi-definite
     right, start    B and X0, of one shape and dtype; dot products are fp64 sums
-    precondition    an approximation of A's inverse, symmetric positive definite
+    precondition    an approximation of A's inverse, symmetric positive definite. With it, residuals are smoothed: the
+                    value is the point with the smallest residual on the line from the value before to the iterate
     tolerance       stops when |B - A(X)| <= tolerance |B|; the residual is then computed anew to be sure
     iterations      at most
     absolute_first  returns X0 at once when |B - A(X0)| is at most this
 
-    The value is the iterate with the last of the residuals.
+    The value has the last of the residuals. Source of the smoothing: Weiss, 1994.
     """
     norm = _norm(right)
     x, r = start.clone(), right - apply(start)
@@ -133,23 +134,50 @@ def conjugate_gradients(
     goal = tolerance * norm
     if residuals[0] <= absolute_first or not norm:
         return Solved(x, tuple(residuals), norm, residuals[0] <= max(goal, absolute_first))
-    p, rz, carried = None, 0.0, 0
+    smooth = _Smoothed(x, r) if precondition else None
+    p, rz, carried, begun_at = None, 0.0, 0, residuals[0]
     while residuals[-1] > goal and len(residuals) <= iterations:
-        z = precondition(r)
+        z = precondition(r) if precondition else r
         before, rz = rz, _dot(r, z)
         p = z.clone() if p is None else p.mul_(rz / before).add_(z)
         ap = apply(p)
         curvature = _dot(p, ap)
-        if not curvature > 0 or not rz > 0:
-            break
+        if not curvature > 0 or not rz > 0:  # rounding has taken the directions' conjugacy: begin again from here
+            if not smooth or begun_at == residuals[-1]:
+                break
+            x, p, carried, begun_at = smooth.value.clone(), None, 0, residuals[-1]
+            r = right - apply(x)
+            continue
         step = rz / curvature
         x.add_(p, alpha=step)
         r.sub_(ap, alpha=step)
         carried += 1
-        if carried == REFRESH or _norm(r) <= goal:
+        if carried == REFRESH or not smooth and _norm(r) <= goal:
             r, carried = right - apply(x), 0
-        residuals.append(_norm(r))
-    return Solved(x, tuple(residuals), norm, residuals[-1] <= goal)
+        residuals.append(smooth.add(x, r) if smooth else _norm(r))
+        if smooth and residuals[-1] <= goal:
+            residuals[-1] = smooth.refresh(right - apply(smooth.value))
+    return Solved(smooth.value if smooth else x, tuple(residuals), norm, residuals[-1] <= goal)
+
+
+class _Smoothed:
+    """The combination of the iterates so far whose residual is small: never larger than the one before."""
+
+    def __init__(self, x: Tensor, r: Tensor):
+        self.value, self.residual = x.clone(), r.clone()
+
+    def add(self, x: Tensor, r: Tensor) -> float:
+        """The residual's norm with one more iterate."""
+        change = r - self.residual
+        square = _dot(change, change)
+        part = -_dot(self.residual, change) / square if square > 0 else 0.0
+        self.value.lerp_(x, part)
+        self.residual.add_(change, alpha=part)
+        return _norm(self.residual)
+
+    def refresh(self, residual: Tensor) -> float:
+        self.residual = residual
+        return _norm(residual)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

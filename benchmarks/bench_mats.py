@@ -1,0 +1,160 @@
+"""Statistics of models and the linear systems of MaTS, in fp32 on the CPU.
+
+bench_kfac    sum_t O_t W G_t = b, 1024 x 1024, T = 4, from the average, until |b - A(W)| <= residual |b|. Ours with its
+              bases and the way back; the reference is SciPy's CG over the same operator: the same two stacked products,
+              through numpy views of the same memory, 1000 iterations at most (`iterations` says where it stopped, and
+              with which residual). Flops: T (2 in^2 out + 2 in out^2) = 17 G an iteration. Floor: the operator alone,
+              as often as our iterations need it. `error`: the residual of our result, formed anew in fp64, over the
+              one asked for.
+bench_gram    G += X^T X. Flops: m n^2 for the upper triangle. Reference: the whole product, as torch has it.
+bench_fisher  the exact Fisher of 250 examples of a network of 3 million weights. Floor: one forward and backward pass.
+              Reference: a backward pass for each example, squared and added.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from floors import seconds
+from solved_layers import networks, system
+from torch.nn.functional import cross_entropy
+
+import peta_fast as pf
+from peta_fast.ops.gram import add_gram, pack
+from peta_fast.ops.kronecker_sum import KroneckerSum, solve_kronecker_sum
+
+linalg = pytest.importorskip("scipy.sparse.linalg", reason="scipy is not installed: pip install 'peta_fast[demo]'")
+MOST_ITERATIONS = 1000
+EXAMPLES = 250
+
+
+class Scipy:
+    """The reference's way: a vector of all elements, scipy.sparse.linalg.cg without a preconditioner."""
+
+    def __init__(self, operator: KroneckerSum, right, start, residual: float):
+        self.operator, self.right, self.start, self.residual = operator, right, start, residual
+        self.iterations = 0
+
+    def __call__(self) -> None:
+        shape, self.iterations = self.right.shape, 0
+
+        def apply(vector: np.ndarray) -> np.ndarray:
+            return self.operator(torch.from_numpy(vector).view(shape)).numpy().reshape(-1)
+
+        def count(_) -> None:
+            self.iterations += 1
+
+        size = self.right.numel()
+        matrix = linalg.LinearOperator((size, size), matvec=apply, dtype=np.float32)
+        right, start = (m.numpy().reshape(-1) for m in (self.right, self.start))
+        found, self.code = linalg.cg(
+            matrix, right, start, rtol=self.residual, atol=0.0, maxiter=MOST_ITERATIONS, callback=count
+        )
+        self.value = torch.from_numpy(found).view(shape)
+
+
+@pytest.mark.parametrize("residual", [1e-2, 1e-3, 1e-4], ids="residual{:.0e}".format)
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def bench_kfac(measure, layer, residual):
+    inputs, outputs, weights = system(layer)
+    operator = KroneckerSum(inputs, outputs)
+    right = sum(o @ w @ g for o, w, g in zip(outputs, weights, inputs, strict=True))
+    start = sum(weights) / len(weights)
+    found = {}
+
+    def ours() -> None:
+        found["ours"] = solve_kronecker_sum(operator, right, start, tolerance=residual, iterations=MOST_ITERATIONS)
+
+    def products() -> None:
+        for _ in range(found["ours"].iterations):
+            operator(start)
+
+    def true_residual(value) -> float:
+        wide = [[m.double() for m in part] for part in (inputs, outputs)]
+        exact = sum(o @ w.double() @ g for g, o, w in zip(*wide, weights, strict=True))
+        return ((exact - sum(o @ value.double() @ g for g, o in zip(*wide, strict=True))).norm() / exact.norm()).item()
+
+    def error() -> float:
+        reached = true_residual(scipy.value)
+        assert scipy.code or reached < 1.05 * residual
+        details.update(scipy=scipy.iterations, scipy_residual=reached, ours=found["ours"].iterations)
+        worst = true_residual(found["ours"].value) / residual
+        assert worst < 1.05, f"the residual is {worst} of what was asked for"
+        return worst
+
+    ours()
+    scipy = Scipy(operator, right, start, residual)
+    details: dict = {}
+    measure(
+        ours,
+        floor=lambda: seconds(products),
+        floor_name="its products alone",
+        reference=lambda: seconds(scipy),
+        reference_name="SciPy's CG",
+        error=error,
+        error_unit="of the residual",
+        shape=f"1024 x 1024, T = 4, {layer} of digits networks, |r| <= {residual:g} |b|, fp32",
+        goal="a third of SciPy's time",
+        iterations=details,
+    )
+
+
+@pytest.mark.parametrize("side", [384, 1024, 4096])
+def bench_gram(measure, side):
+    rows = torch.randn(1024, side, generator=torch.Generator().manual_seed(0))
+    total, whole = torch.zeros(side, side), torch.zeros(side, side)
+
+    def error() -> float:
+        ours, plain = torch.zeros(side, side), rows.double().T @ rows.double()
+        add_gram(ours, rows)
+        return ((pack(ours) - pack(plain)).abs().max() / plain.abs().max()).item()
+
+    assert error() < 1e-5
+    measure(
+        lambda: add_gram(total, rows),
+        floor=lambda: seconds(lambda: total.sum()),
+        floor_name="reading G",
+        reference=lambda: seconds(lambda: whole.addmm_(rows.T, rows)),
+        reference_name="X^T X",
+        error=error,
+        error_unit="relative",
+        shape=f"1024 rows of {side}, fp32",
+    )
+
+
+def bench_fisher(measure):
+    models, seen = networks()
+    model, x, y = models[0].train(False), seen[0].pixels[:EXAMPLES], seen[0].labels[:EXAMPLES]
+    parameters = dict(model.named_parameters())
+    found: dict = {}
+
+    def ours() -> None:
+        found.update(pf.collect_statistics(model, [(x, y)], kinds=("fisher",)))
+
+    def one_by_one() -> None:
+        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for i in range(EXAMPLES):
+            loss = cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+            for name, g in zip(totals, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+                totals[name].addcmul_(g, g, value=1 / EXAMPLES)
+        found["each"] = totals
+
+    def error() -> float:
+        worst = max(
+            ((found[f"{n}.fisher"] - exact).abs().max() / exact.abs().max()).item()
+            for n, exact in found["each"].items()
+        )
+        assert worst < 1e-4, f"the Fisher is off by {worst}"
+        return worst
+
+    measure(
+        ours,
+        floor=lambda: seconds(lambda: cross_entropy(model(x), y).backward()),
+        floor_name="one backward pass",
+        reference=lambda: seconds(one_by_one),
+        reference_name="one by one",
+        error=error,
+        error_unit="relative",
+        shape=f"{sum(p.numel() for p in parameters.values()):,} weights, {EXAMPLES} examples, fp32",
+    )
