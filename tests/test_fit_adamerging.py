@@ -266,6 +266,8 @@ def test_models_are_checked():
         adamerging(model, tuned, [], base=base)
     with pytest.raises(CompatibilityError, match=r"models\[1\]: lacks 'body.weight'; 0 more"):
         adamerging(model, [tuned[0], {k: v for k, v in tuned[1].items() if k != "body.weight"}], tasks, base=base)
+    with pytest.raises(CompatibilityError, match="models: none of them differs from the base"):
+        adamerging(model, [base, base], tasks, base=base)
     bad = {**tuned[1], "body.weight": torch.full_like(tuned[1]["body.weight"], math.inf)}
     with pytest.raises(CheckpointError, match=r"models\[1\]: 'body.weight' is not finite"):
         adamerging(model, [tuned[0], bad], tasks, base=base)
