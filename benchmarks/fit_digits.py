@@ -2,7 +2,7 @@
 
 usage: fit_digits.py [SEEDS]
 
-Base and fine-tunes as the demonstration trains them, in half the epochs. Each fit sees the test images without labels, 16
+Base and fine-tunes as the demonstration trains them, in half the epochs. Each fit sees the test images unlabelled, 16
 of every domain a step. Entropy: of the answers on all test images, in nats, mean over the domains. Two minutes.
 """
 
