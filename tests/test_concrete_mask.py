@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from backends import NATIVE
@@ -13,6 +14,7 @@ from philox_reference import uniforms as reference_uniforms
 from torch import Tensor
 
 from peta_fast.errors import CompatibilityError
+from peta_fast.ops import records
 from peta_fast.ops.concrete_mask import Adam, Piece, concrete_merge, dispatch, native, sample_mask, tiles
 from peta_fast.ops.concrete_mask.noise import mask_key, uniforms
 from peta_fast.ops.concrete_mask.reference import mask_reference, merge_reference
@@ -388,7 +390,8 @@ def test_what_does_not_fit_is_refused(changed, message):
 )
 def test_native_code_refuses(mode, changed, message):
     memory = torch.zeros(8)
-    tensors, tasks, settings = (native.np.zeros(1, layout) for layout in (native.TENSOR, native.TASK, native.SETTINGS))
+    layouts = (records.MASK_TENSOR, records.MASK_TASK, records.MASK_SETTINGS)
+    tensors, tasks, settings = (np.zeros(1, layout) for layout in layouts)
     tasks["x"], settings["temperature"] = memory.data_ptr(), 0.5
     for field in ("logits", "base", "out", "g"):
         tensors[field] = memory.data_ptr()
@@ -396,4 +399,4 @@ def test_native_code_refuses(mode, changed, message):
     for field, value in changed.items():
         tensors[field] = value
     with pytest.raises(ValueError, match=message):
-        NATIVE.concrete_mask(mode, tensors, tasks, settings, native.np.zeros(0), 1)
+        NATIVE.concrete_mask(mode, tensors, tasks, settings, np.zeros(0), 1)

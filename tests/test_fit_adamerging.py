@@ -13,7 +13,7 @@ from peta_fast.errors import CheckpointError, CompatibilityError, PetaFastError,
 from peta_fast.fit._merged_model import MergedModel
 from peta_fast.fit._trimming import kth_largest, trim
 from peta_fast.fit.adamerging import adamerging
-from peta_fast.fit.tasks import Task, endless, entropy
+from peta_fast.fit.tasks import Task, endless, entropy, logits_of
 from peta_fast.merging import merge_state_dicts
 
 # ---------------------------------------------------------------- on paper
@@ -266,6 +266,8 @@ def test_models_are_checked():
         adamerging(model, tuned, [], base=base)
     with pytest.raises(CompatibilityError, match=r"models\[1\]: lacks 'body.weight'; 0 more"):
         adamerging(model, [tuned[0], {k: v for k, v in tuned[1].items() if k != "body.weight"}], tasks, base=base)
+    with pytest.raises(CompatibilityError, match="models: none of them differs from the base"):
+        adamerging(model, [base, base], tasks, base=base)
     bad = {**tuned[1], "body.weight": torch.full_like(tuned[1]["body.weight"], math.inf)}
     with pytest.raises(CheckpointError, match=r"models\[1\]: 'body.weight' is not finite"):
         adamerging(model, [tuned[0], bad], tasks, base=base)
@@ -321,3 +323,22 @@ def test_running_statistics_are_averaged():
     adamerging(model, tuned, [Task("t", batches_of(1))], base=base, steps=1)
     assert model.norm.running_mean.tolist() == [0.5] * 5
     assert model.norm.num_batches_tracked.item() == base["norm.num_batches_tracked"].item()
+
+
+def test_batches_and_answers_come_in_many_forms():
+    from types import SimpleNamespace
+
+    model, x = Toy(), batches_of(1)[0]
+    expected, labels = model(x), torch.zeros(6, dtype=torch.int64)
+
+    class Wrapped(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.wrap = wrap
+
+        def forward(self, x):
+            return self.wrap(model(x))
+
+    for wrap in (lambda y: y, lambda y: SimpleNamespace(logits=y), lambda y: {"logits": y}, lambda y: (y, None)):
+        for batch in (x, [x, labels], (x,), {"x": x, "labels": labels}):
+            assert torch.equal(logits_of(Task("t", [batch]), Wrapped(wrap), batch), expected)

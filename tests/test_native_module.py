@@ -19,7 +19,6 @@ from interpreter import run_code
 from peta_fast.buffers import FACTORS
 from peta_fast.ops import plain
 from peta_fast.ops import records as r
-from peta_fast.ops.concrete_mask import native as masks
 from peta_fast.ops.delta_merge import DeltaMerge, Top
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
@@ -37,7 +36,7 @@ TIES = DeltaMerge(terms_of(3, Top(5000)), elect="weighted", divide="agreeing-wei
 def test_records_have_the_layout_of_the_native_structs():
     ours = {"piece": r.PIECE, "task": r.TASK, "rule": r.RULE, "delta": r.DELTA, "select_task": r.SELECT_TASK,
             "select_query": r.SELECT_QUERY, "group": r.GROUP, "variant": r.VARIANT, "use": r.USE, "factors": FACTORS,
-            "mask_tensor": masks.TENSOR, "mask_task": masks.TASK, "mask_settings": masks.SETTINGS}  # fmt: skip
+            "mask_tensor": r.MASK_TENSOR, "mask_task": r.MASK_TASK, "mask_settings": r.MASK_SETTINGS}  # fmt: skip
     assert {name: layout.itemsize for name, layout in ours.items()} == dict(NATIVE.RECORD_BYTES)
     assert plain.RECORD_BYTES.items() <= dict(NATIVE.RECORD_BYTES).items()
 

@@ -72,18 +72,20 @@ PF_INLINE void store_f32(uint64_t p, int64_t begin, int i, int n, vf v) {
   else store_at(p, kF32, begin, i, n, v);
 }
 
-// m of a block, with room for n rounded up to W. With u = k 2^-24, (1 - u) / u = (2^24 - k) / k needs no logarithm; at
-// temperature 1/2 its power is a square.
+// m of a block, with room for n rounded up to W. u = a 2^-24 and 1 - u = b 2^-24 in whole numbers a, b, so that at
+// temperature 1/2 m = a^2 / (a^2 + b^2 e^(-2 logit)): no logarithm, and one division.
 template <bool kSquare>
 PF_INLINE void mask_of(const MaskTensor& t, float inverse_temperature, int64_t begin, int n, const MaskScratch& s) {
   philox_words(s.words, t.key, uint64_t(begin), n);
   for (int i = 0; i < n; i += W) {
     vi k = max_i((vi)(load_raw<vu>(s.words + i) >> 8), splat_i(2));
     k = select(gt(k, splat_i((1 << 24) - 2)), splat_i((1 << 24) - 2), k);
-    const vf odds = __builtin_convertvector(splat_i(1 << 24) - k, vf) / __builtin_convertvector(k, vf);
+    const vf a = __builtin_convertvector(k, vf), b = __builtin_convertvector(splat_i(1 << 24) - k, vf);
+    prefetch((const float*)t.logits + begin + i + kMaskBlock);  // of the next block, whose noise comes first
     const vf logit = load_f32(t.logits, begin, i, n);
-    const vf r = kSquare ? odds * odds * exp_of(logit * -2.0f) : exp_of((log_of(odds) - logit) * inverse_temperature);
-    const vf m = splat(1.0f) / (r + 1.0f);
+    const vf top = kSquare ? a * a : splat(1.0f);
+    const vf rest = kSquare ? b * b * exp_of(logit * -2.0f) : exp_of((log_of(b / a) - logit) * inverse_temperature);
+    const vf m = top / (top + rest);
     memcpy(s.m + i, &m, sizeof m);
   }
 }
@@ -105,54 +107,86 @@ PF_INLINE void pad_with_zeros(float* values, int n) {
   for (int i = n; i % 32; ++i) values[i] = 0.0f;
 }
 
+// take(i, x) for every vector x of a block of `dtype`: the branch on the dtype is taken once a block.
+template <class Take>
+PF_INLINE void each_vector(uint64_t p, int32_t dtype, int64_t begin, int n, Take take) {
+  const int whole = n / W * W;
+  if (dtype == kF32) {
+    for (int i = 0; i < whole; i += W) {
+      prefetch_l2((const float*)p + begin + i + kMaskBlock);
+      take(i, load_raw<vf>((const float*)p + begin + i));
+    }
+  } else if (dtype == kBF16) {
+    for (int i = 0; i < whole; i += W) take(i, load_bf16((const uint16_t*)p + begin + i));
+  } else {
+    for (int i = 0; i < whole; i += W) take(i, load_f16((const uint16_t*)p + begin + i));
+  }
+  if (whole < n) take(whole, load_at(p, dtype, begin, whole, n));
+}
+
+// total[i] = sum over the tasks, in their order, of lambda_t term(i, x_t); -0 where there are none.
+template <class Term>
+PF_INLINE void weighted_sum(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int n, float* total, Term term) {
+  for (int k = 0; k < t.tasks; ++k) {
+    const vf coefficient = splat(tasks[k].coefficient);
+    const bool first = k == 0;
+    each_vector(tasks[k].x, tasks[k].dtype, begin, n, [&](int i, vf x) {
+      const vf e = coefficient * term(i, x), sum = first ? e : load_raw<vf>(total + i) + e;
+      memcpy(total + i, &sum, sizeof sum);
+    });
+  }
+  for (int i = 0; !t.tasks && i < n; i += W) {
+    const vf zero = -vf{};
+    memcpy(total + i, &zero, sizeof zero);
+  }
+}
+
 // Adds in the order of the tasks what the fused merge of masked_task_arithmetic adds, rounding where it rounds.
 PF_INLINE void merge_block(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int n, const MaskScratch& s) {
   const vf inverse = splat(t.mean > 0.0 ? float(1.0 / t.mean) : 0.0f);
-  for (int i = 0; i < n; i += W) {
-    const vf m = load_raw<vf>(s.m + i);
-    vf total = -vf{};
-    for (int k = 0; k < t.tasks; ++k)
-      total += splat(tasks[k].coefficient) * (load_at(tasks[k].x, tasks[k].dtype, begin, i, n) * m * inverse);
-    if (t.base) total = load_at(t.base, t.base_dtype, begin, i, n) + total;
-    store_at(t.out, t.out_dtype, begin, i, n, total);
-  }
+  const float* m = s.m;
+  if (t.logits) weighted_sum(t, tasks, begin, n, s.total, [=](int i, vf x) { return x * load_raw<vf>(m + i) * inverse; });
+  else weighted_sum(t, tasks, begin, n, s.total, [](int, vf x) { return x; });
+  float* total = s.total;
+  if (t.base)
+    each_vector(t.base, t.base_dtype, begin, n, [=](int i, vf base) {
+      const vf sum = base + load_raw<vf>(total + i);
+      memcpy(total + i, &sum, sizeof sum);
+    });
+  if (t.out_dtype == kF32) memcpy((float*)t.out + begin, total, n * 4);
+  else
+    for (int i = 0; i < n; i += W) store_at(t.out, t.out_dtype, begin, i, n, load_raw<vf>(total + i));
 }
 
 PF_INLINE void reduce_block(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int n, const MaskScratch& s,
                             double* sums) {
   const int padded = (n + 31) / 32 * 32;
-  for (int i = 0; i < n; i += W) {
-    const vf g = load_at(t.g, t.g_dtype, begin, i, n), gm = g * load_raw<vf>(s.m + i);
-    memcpy(s.m + i, &gm, sizeof gm);
-  }
-  pad_with_zeros(s.m, n);
+  float* gm = s.m;
+  each_vector(t.g, t.g_dtype, begin, n, [=](int i, vf g) {
+    const vf product = g * load_raw<vf>(gm + i);
+    memcpy(gm + i, &product, sizeof product);
+  });
+  pad_with_zeros(gm, n);
   for (int k = 0; k < t.tasks; ++k) {
     const float* x = (const float*)tasks[k].x + begin;
     if (tasks[k].dtype != kF32 || n != padded) {
-      for (int i = 0; i < n; i += W) {
-        const vf v = load_at(tasks[k].x, tasks[k].dtype, begin, i, n);
-        memcpy(s.staged + i, &v, sizeof v);
-      }
-      pad_with_zeros(s.staged, n);
-      x = s.staged;
+      float* staged = s.staged;
+      each_vector(tasks[k].x, tasks[k].dtype, begin, n, [=](int i, vf v) { memcpy(staged + i, &v, sizeof v); });
+      pad_with_zeros(staged, n);
+      x = staged;
     }
-    const float* gm = s.m;
     sums[k] = sum_in_lanes(padded, [=](int j) { return wide(gm + j) * wide(x + j); });
   }
 }
 
-// sum_t lambda_t tau_t; with no tasks, 1, since then g is the product already.
-PF_INLINE vf direction(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int i, int n) {
-  if (!t.tasks) return splat(1.0f);
-  vf total = -vf{};
-  for (int k = 0; k < t.tasks; ++k)
-    total += splat(tasks[k].coefficient) * load_at(tasks[k].x, tasks[k].dtype, begin, i, n);
-  return total;
-}
-
-PF_INLINE void product_block(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int n) {
-  for (int i = 0; i < n; i += W)
-    store_f32(t.product, begin, i, n, load_at(t.g, t.g_dtype, begin, i, n) * direction(t, tasks, begin, i, n));
+// total = g sum_t lambda_t tau_t; with no tasks, g, which is that product already.
+PF_INLINE void times_direction(const MaskTensor& t, const MaskTask* tasks, int64_t begin, int n, float* total) {
+  weighted_sum(t, tasks, begin, n, total, [](int, vf x) { return x; });
+  const bool ready = t.tasks == 0;
+  each_vector(t.g, t.g_dtype, begin, n, [=](int i, vf g) {
+    const vf product = ready ? g : g * load_raw<vf>(total + i);
+    memcpy(total + i, &product, sizeof product);
+  });
 }
 
 PF_INLINE vf root_of(vf x) {
@@ -180,10 +214,10 @@ PF_INLINE void update_block(const MaskTensor& t, const MaskTask* tasks, const Ma
                             int n, const MaskScratch& s) {
   const float inverse = t.mean > 0.0 ? float(1.0 / t.mean) : 0.0f, shift = float(t.shift);
   const float slope = float(1.0 / settings.temperature);
+  times_direction(t, tasks, begin, n, s.total);
   for (int i = 0; i < n; i += W) {
     const vf m = load_raw<vf>(s.m + i);
-    const vf gd = load_at(t.g, t.g_dtype, begin, i, n) * direction(t, tasks, begin, i, n);
-    const vf gradient = (gd * inverse - shift) * (m * (splat(1.0f) - m) * slope);
+    const vf gradient = (load_raw<vf>(s.total + i) * inverse - shift) * (m * (splat(1.0f) - m) * slope);
     if (t.gradient) store_f32(t.gradient, begin, i, n, gradient);
     else adam_step(t, settings, begin, i, n, gradient);
   }
@@ -206,7 +240,9 @@ extern "C" void PETA_JOIN(peta_concrete_mask_, PETA_VARIANT)(MaskMode mode, cons
     merge_block(t, tasks, begin, n, s);
   } else if (mode == kMaskReduce) {
     reduce_block(t, tasks, begin, n, s, sums);
-    if (t.product) product_block(t, tasks, begin, n);
+    if (!t.product) return;
+    times_direction(t, tasks, begin, n, s.total);
+    memcpy((float*)t.product + begin, s.total, n * 4);
   } else {
     update_block(t, tasks, settings, begin, n, s);
   }

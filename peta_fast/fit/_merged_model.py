@@ -59,8 +59,14 @@ class MergedModel:
         self.heads = [{n: s[n].to(self.device, copy=True) for n in self.head_names} for s in states]
         self.names, self.pieces = [], []
         for name, parameter in self.parameters.items():
-            if name not in self.head_names:
+            if name not in self.head_names and parameter.is_floating_point():
                 self._add(name, parameter, [s[name] for s in states], summed)
+        if not self.names:
+            raise CompatibilityError(
+                "models",
+                "none of them differs from the base outside of heads",
+                "Give base: the model before tuning.",
+            )
         self.count = len(models)
         self.averaged = {
             n: torch.stack([s[n].to(self.device, torch.float32) for s in states]).mean(0)

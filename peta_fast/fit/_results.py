@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from peta_fast.errors import RecipeError
@@ -143,6 +142,8 @@ class Fitted:
 
     def save_recipe(self, file: str | Path, base: str | Path, models: Sequence[str | Path], mask=None) -> None:
         """Writes recipe() as YAML, for `peta-fast merge`."""
+        import yaml
+
         text = yaml.safe_dump(self.recipe(base, models, mask), sort_keys=False)
         Path(file).write_text(text, encoding="utf-8")
 

@@ -60,6 +60,16 @@ SELECT_TASK = _layout(
 SELECT_QUERY = _layout(
     ("count", "i8"), ("above", "i8"), ("equal", "i8"), ("last_index", "i8"), ("threshold", "u4"), ("pad", "u4")
 )  # fmt: skip
+MASK_TASK = _layout(("x", "u8"), ("coefficient", "f4"), ("dtype", "i4"))
+MASK_TENSOR = _layout(
+    ("logits", "u8"), ("base", "u8"), ("out", "u8"), ("g", "u8"), ("product", "u8"), ("gradient", "u8"),
+    ("exp_avg", "u8"), ("exp_avg_sq", "u8"), ("key", "u8"), ("size", "i8"), ("first_task", "i8"), ("first_sum", "i8"),
+    ("mean", "f8"), ("shift", "f8"), ("tasks", "i4"), ("base_dtype", "i4"), ("out_dtype", "i4"), ("g_dtype", "i4"),
+)  # fmt: skip
+MASK_SETTINGS = _layout(
+    ("temperature", "f8"), ("beta1", "f4"), ("beta2", "f4"), ("rate", "f4"), ("root", "f4"), ("epsilon", "f4"),
+    ("pad", "i4"),
+)  # fmt: skip
 
 
 def is_delta(x: Buffer) -> bool:

@@ -19,7 +19,8 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def launch(kernel, blocks: int, *arguments, **options) -> None:
     """Every launch of these kernels goes through here, where tests count them."""
     if blocks:
-        kernel[(blocks,)](*arguments, **options, BLOCK=BLOCK, num_warps=WARPS)
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            kernel[(blocks,)](*arguments, **options, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def sample(logits: Tensor, key: int, temperature: float, out: Tensor) -> None:

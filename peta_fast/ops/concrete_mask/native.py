@@ -1,7 +1,4 @@
-"""The passes in native code: contiguous tensors on the CPU, all tensors of a model in one call. See csrc/concrete_mask.
-
-The layouts are those of the C structs there.
-"""
+"""The passes in native code, csrc/concrete_mask: contiguous tensors on the CPU, all those of a model in one call."""
 
 from __future__ import annotations
 
@@ -12,26 +9,11 @@ import torch
 from torch import Tensor
 
 from peta_fast._native import native
+from peta_fast.ops import records
 from peta_fast.ops.concrete_mask.pieces import Adam, Piece
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SAMPLE, MEAN, MERGE, REDUCE, UPDATE = range(5)
-
-
-def _layout(*fields: tuple[str, str]) -> np.dtype:
-    return np.dtype([(name, kind) for name, kind in fields], align=True)
-
-
-TASK = _layout(("x", "u8"), ("coefficient", "f4"), ("dtype", "i4"))
-TENSOR = _layout(
-    ("logits", "u8"), ("base", "u8"), ("out", "u8"), ("g", "u8"), ("product", "u8"), ("gradient", "u8"),
-    ("exp_avg", "u8"), ("exp_avg_sq", "u8"), ("key", "u8"), ("size", "i8"), ("first_task", "i8"), ("first_sum", "i8"),
-    ("mean", "f8"), ("shift", "f8"), ("tasks", "i4"), ("base_dtype", "i4"), ("out_dtype", "i4"), ("g_dtype", "i4"),
-)  # fmt: skip
-SETTINGS = _layout(
-    ("temperature", "f8"), ("beta1", "f4"), ("beta2", "f4"), ("rate", "f4"), ("root", "f4"), ("epsilon", "f4"),
-    ("pad", "i4"),
-)  # fmt: skip
 
 
 def serves(piece: Piece) -> bool:
@@ -88,7 +70,7 @@ def adam(
 
 
 def _run(mode: int, pieces: Sequence[Piece], temperature: float, rule: Adam | None = None, sums=None, **columns):
-    tensors, tasks = np.zeros(len(pieces), TENSOR), []
+    tensors, tasks = np.zeros(len(pieces), records.MASK_TENSOR), []
     for record, piece in zip(tensors, pieces, strict=True):
         record["size"], record["key"] = piece.size, piece.key
         record["mean"] = 1.0 if piece.mean is None else float(piece.mean)
@@ -105,10 +87,10 @@ def _run(mode: int, pieces: Sequence[Piece], temperature: float, rule: Adam | No
     if sums is not None:
         tensors["first_sum"] = sums[:-1]
     found = np.zeros(0 if sums is None else sums[-1])
-    settings = np.zeros(1, SETTINGS)
+    settings = np.zeros(1, records.MASK_SETTINGS)
     settings["temperature"] = temperature
     if rule is not None:
         for name in ("beta1", "beta2", "rate", "root", "epsilon"):
             settings[name] = getattr(rule, name)
-    native().concrete_mask(mode, tensors, np.array(tasks, TASK), settings, found, torch.get_num_threads())
+    native().concrete_mask(mode, tensors, np.array(tasks, records.MASK_TASK), settings, found, torch.get_num_threads())
     return found
