@@ -18,6 +18,7 @@ _PUBLIC = {
     "attention_only": "peta_fast.nn",
     "delinearize": "peta_fast.nn",
     "disable_adapter": "peta_fast.nn",
+    "extract_trained": "peta_fast.nn",
     "linearize": "peta_fast.nn",
     "load_adapter": "peta_fast.nn",
     "load_trained": "peta_fast.nn",

@@ -13,12 +13,12 @@ import numpy as np
 from peta_fast.analysis.disentanglement import disentanglement_error
 from peta_fast.analysis.figures import Figure
 from peta_fast.analysis.landscape import loss_landscape
-from peta_fast.analysis.merges import torch_state
 from peta_fast.analysis.scores import MOST_MERGES, lambda_curves, score_curves
 from peta_fast.analysis.task_vectors import TaskVectors, labels_of, measure
 from peta_fast.errors import RecipeError
 from peta_fast.formats import open_checkpoint
 from peta_fast.formats.hub import locate
+from peta_fast.formats.torch_state import torch_state
 from peta_fast.formats.trained_only import TrainedTensors, holds_trained_only
 from peta_fast.recipe import ModelRef
 
