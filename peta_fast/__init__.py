@@ -18,6 +18,8 @@ _PUBLIC = {
     "attention_only": "peta_fast.nn",
     "delinearize": "peta_fast.nn",
     "disable_adapter": "peta_fast.nn",
+    "disentangle_checkpoints": "peta_fast.disentangling",
+    "disentangle_state_dicts": "peta_fast.disentangling",
     "extract_trained": "peta_fast.nn",
     "linearize": "peta_fast.nn",
     "load_adapter": "peta_fast.nn",

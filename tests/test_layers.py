@@ -22,7 +22,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"plan": ("plan", "_assignment", "_tensor_plan")},
     {"run": ("run", "_engine", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
-    {"analysis": ("analysis",)},
+    {"analysis": ("analysis",), "disentangling": ("disentangling",)},
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},
     {"the package itself": ("",)},
