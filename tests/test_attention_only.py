@@ -84,7 +84,13 @@ def apart_block() -> nn.Module:
     return block(attention=nn.MultiheadAttention(D, 2, kdim=4, vdim=6))
 
 
+def nested_block() -> nn.Module:
+    """A block called attention that holds more than attention."""
+    return block(attn_block=block(attention=block(qkv=linear(3 * D), proj=linear()), mlp=block(proj=linear())))
+
+
 FAMILIES = {
+    nested_block: ("attn_block.attention.qkv.weight", "attn_block.attention.proj.weight"),
     timm_block: ("attn.qkv.weight", "attn.proj.weight"),
     bert_block: (
         "attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight",

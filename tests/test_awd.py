@@ -203,3 +203,42 @@ def test_nan_is_named_before_any_merging(allow):
     with pytest.raises(CheckpointError, match="model 1: 'norm.bias': expected finite values, got 1 NaN"):
         pf.merge_state_dicts(base, models, method="awd", weight=1, allow_nonfinite=allow, out=out)
     assert all((t == 5).all() for t in out.values())
+
+
+def test_disentangled_models_merge_by_any_method():
+    """Task arithmetic of them is `awd`; TIES of them is TIES of tau - delta."""
+    base, models = family(3)
+    settings = {"alpha": 0.05, "learning_rate": 0.1, "iterations": 60}
+    left, found = pf.disentangle_state_dicts(base, models, **settings)
+    taus = torch.stack([torch.cat([(m[n] - base[n]).double().flatten() for n in base]) for m in models])
+    delta = plain_descent(taus, **settings)
+    torch.testing.assert_close(as_delta(found, taus), delta, rtol=1e-6, atol=1e-9)
+    assert delta.norm() > 0.1
+    for tau, model in zip(taus, left, strict=True):
+        moved = torch.cat([(model[n].double() - base[n].double()).flatten() for n in base])
+        torch.testing.assert_close(moved, tau - delta, rtol=0, atol=5e-7)
+    direct = pf.merge_state_dicts(base, models, method="awd", weight=0.5, **settings)
+    summed = pf.merge_state_dicts(base, left, method="task_arithmetic", weight=0.5)
+    for name in base:
+        torch.testing.assert_close(summed[name], direct[name], rtol=0, atol=1e-6)
+    kept = pf.merge_state_dicts(base, left, method="ties", weight=1.0, density=0.3)
+    moved = torch.stack([m["embed.weight"] - base["embed.weight"] for m in left])
+    k = int(0.3 * moved[0].numel())
+    thresholds = moved.flatten(1).abs().sort(dim=1, descending=True).values[:, k - 1]
+    trimmed = torch.where(moved.abs() >= thresholds[:, None, None], moved, 0)
+    agree = trimmed.sign() == trimmed.sum(0).sign()
+    mean = (trimmed * agree).sum(0) / (agree & (trimmed != 0)).sum(0).clamp(min=1)
+    torch.testing.assert_close(kept["embed.weight"], base["embed.weight"] + mean, rtol=0, atol=1e-6)
+
+
+def test_disentangled_models_on_disk_are_those_in_memory(tmp_path):
+    base, models = save_family(tmp_path, 2)
+    paths = [tmp_path / n for n in "ab"]
+    folders, found = pf.disentangle_checkpoints(tmp_path / "base", paths, tmp_path / "left", iterations=20)
+    left, again = pf.disentangle_state_dicts(base, models, iterations=20)
+    np.testing.assert_array_equal(found.coefficients, again.coefficients)
+    for folder, state in zip(folders, left, strict=True):
+        assert_same_bits(load(folder), state)
+    with pytest.raises(RecipeError, match="two models or more, got 1"):
+        pf.disentangle_checkpoints(tmp_path / "base", paths[:1], tmp_path / "other")
+    assert not (tmp_path / "other").exists()

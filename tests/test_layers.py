@@ -26,6 +26,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "adapters": ("adapters",),
         "fit": ("fit",),
         "analysis": ("analysis",),
+        "disentangling": ("disentangling",),
         "sweeps": ("sweeps", "batches", "_grid", "_sweep_results", "_variant_memory"),
     },
     {"demo": ("demo",)},

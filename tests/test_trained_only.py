@@ -12,7 +12,7 @@ from safetensors import safe_open
 import peta_fast as pf
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.formats.trained_only import METADATA
-from peta_fast.nn.trained import difference
+from peta_fast.nn import trained_difference
 from peta_fast.plan import FROZEN, make_plan
 from peta_fast.recipe import load_recipe
 
@@ -165,13 +165,23 @@ def test_an_output_of_trained_tensors_wants_such_inputs(folders, tmp_path):
 
 def test_the_difference_to_the_base_is_what_was_trained(folders):
     _, base, whole, alone = folders
-    assert_same_bits(difference(base, whole[0]), alone[0])
+    assert_same_bits(trained_difference(base, whole[0]), alone[0])
     with pytest.raises(RecipeError, match="every tensor is the base's own"):
-        difference(base, {n: t.clone() for n, t in base.items()})
+        trained_difference(base, {n: t.clone() for n, t in base.items()})
     with pytest.raises(CompatibilityError, match="is in one alone"):
-        difference(base, {**whole[0], "more": torch.ones(1)})
+        trained_difference(base, {**whole[0], "more": torch.ones(1)})
     with pytest.raises(CompatibilityError, match="'model.norm.weight' is"):
-        difference(base, {**whole[0], "model.norm.weight": torch.ones(1)})
+        trained_difference(base, {**whole[0], "model.norm.weight": torch.ones(1)})
+
+
+def test_what_was_trained_is_extracted_from_whole_checkpoints(folders, tmp_path):
+    folder, base, whole, alone = folders
+    assert set(pf.extract_trained(folder / "base", folder / "a", tmp_path / "part")) == set(alone[0])
+    assert_same_bits(load(tmp_path / "part"), alone[0])
+    assert (tmp_path / "part" / "config.json").read_text() == (folder / "a" / "config.json").read_text()
+    with pytest.raises(RecipeError, match="every tensor is the base's own"):
+        pf.extract_trained(folder / "base", folder / "base", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_trained_tensors_is_refused(folders, tmp_path):

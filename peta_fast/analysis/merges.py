@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from peta_fast.analysis.task_vectors import labels_of
-from peta_fast.buffers import LONG_NAMES
 from peta_fast.errors import RecipeError
-from peta_fast.formats import Checkpoint
 from peta_fast.merging import merge_state_dicts
 
 Scores = Mapping[str, float]
@@ -81,22 +78,3 @@ def checked_number(value: Any, who: str, what: str) -> float:
     if not math.isfinite(number):
         raise RecipeError(who, f"{what}: expected a finite number, got {number}", "Look for NaN in the model's output.")
     return number
-
-
-def torch_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """name -> torch tensor over the checkpoint's mapped memory: not copied, not to be written."""
-    import torch
-
-    state = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the memory is read-only, which merges respect
-        for name, info in checkpoint.tensors.items():
-            dtype = getattr(torch, LONG_NAMES[info.dtype])
-            if info.size:
-                raw = np.frombuffer(checkpoint.buffer(name).as_bytes(), np.uint8)
-                state[name] = torch.from_numpy(raw).view(dtype).reshape(info.shape)
-            else:
-                state[name] = torch.empty(info.shape, dtype=dtype)
-    for alias, name in checkpoint.aliases.items():
-        state[alias] = state[name]
-    return state

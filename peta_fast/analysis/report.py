@@ -13,12 +13,12 @@ import numpy as np
 from peta_fast.analysis.disentanglement import disentanglement_error
 from peta_fast.analysis.figures import Figure
 from peta_fast.analysis.landscape import loss_landscape
-from peta_fast.analysis.merges import torch_state
 from peta_fast.analysis.scores import MOST_MERGES, lambda_curves, score_curves
 from peta_fast.analysis.task_vectors import TaskVectors, labels_of, measure
 from peta_fast.errors import RecipeError
 from peta_fast.formats import open_checkpoint
 from peta_fast.formats.hub import locate
+from peta_fast.formats.torch_state import torch_state
 from peta_fast.formats.trained_only import TrainedTensors, holds_trained_only
 from peta_fast.recipe import ModelRef
 
@@ -97,19 +97,19 @@ def _evaluated(base, models, names, functions: Functions, points: int, threads: 
         if functions.evaluate:
             one = {**shared, "names": names, "coefficients": np.linspace(0, 1, points)}
             figures += lambda_curves(
-                states[0], states[1:], functions.evaluate, tell=_count(tell, "lambda curves"), **one
+                states[0], states[1:], functions.evaluate, tell=_percent(tell, "lambda curves"), **one
             ).figures()
             figures += _score_curves(states, names, functions.evaluate, points, shared, tell)
         pair = {**shared, "names": names[:2]}
         if functions.predict:
             figures += disentanglement_error(
                 states[0], states[1:3], functions.predict, coefficients=np.linspace(-2, 2, points),
-                tell=_count(tell, "disentanglement error"), **pair,
+                tell=_percent(tell, "disentanglement error"), **pair,
             ).figures()  # fmt: skip
         if functions.loss:
             figures += loss_landscape(
                 states[0], states[1:3], functions.loss, coefficients=np.linspace(-0.5, 1.5, points),
-                tell=_count(tell, "landscape"), **pair,
+                tell=_percent(tell, "landscape"), **pair,
             ).figures()  # fmt: skip
         return figures
 
@@ -124,7 +124,7 @@ def _score_curves(states, names, evaluate, points: int, shared, tell) -> list[Fi
         return []
     methods = {"task_arithmetic": {"weight": list(weights)}, "average": {"weight": "1/T"}}
     return score_curves(
-        states[0], states[1:], evaluate, names=names, methods=methods, tell=_count(tell, "score curves"), **shared
+        states[0], states[1:], evaluate, names=names, methods=methods, tell=_percent(tell, "score curves"), **shared
     ).figures()
 
 
@@ -145,7 +145,3 @@ def _percent(tell, what: str):
             tell(f"{what}: {percent} %")
 
     return progress
-
-
-def _count(tell, what: str):
-    return _percent(tell, what)

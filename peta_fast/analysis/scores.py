@@ -29,7 +29,7 @@ MOST_MERGES = 4096
 
 @dataclass(frozen=True)
 class LambdaCurves:
-    """scores [n, tasks] of base + l sum_t tau_t; own: of each fine-tune on its own task, where it is known."""
+    """scores [n, tasks] of base + l sum_t tau_t."""
 
     names: tuple[str, ...]
     coefficients: np.ndarray

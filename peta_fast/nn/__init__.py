@@ -8,7 +8,7 @@ from peta_fast.nn.linear import LinearizedLoRALinear
 from peta_fast.nn.model import delinearize, disable_adapter, linearize, set_adapter
 from peta_fast.nn.saving import load_adapter, save_adapter
 from peta_fast.nn.tangent import TangentModel
-from peta_fast.nn.trained import load_trained, save_trained, trained_tensors
+from peta_fast.nn.trained import extract_trained, load_trained, save_trained, trained_difference, trained_tensors
 from peta_fast.nn.whole_model import LinearizedModel
 
 
@@ -21,6 +21,7 @@ def register(config):
 
 __all__ = [
     "LinearizedLoRALinear", "LinearizedModel", "TangentModel", "add_adapters", "attention_only", "delinearize",
-    "disable_adapter", "fused_qkv", "linearize", "load_adapter", "load_trained", "register", "save_adapter",
-    "save_trained", "separate_qkv", "set_adapter", "task_vector", "trained_tensors",
+    "disable_adapter", "extract_trained", "fused_qkv", "linearize", "load_adapter", "load_trained", "register",
+    "save_adapter", "save_trained", "separate_qkv", "set_adapter", "task_vector", "trained_difference",
+    "trained_tensors",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.formats import open_checkpoint
 from peta_fast.formats.peft_adapter import publish, write_tensors
+from peta_fast.formats.torch_state import torch_state
 from peta_fast.formats.trained_only import METADATA, TrainedTensors, holds_trained_only
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -25,21 +26,21 @@ def trained_tensors(model: nn.Module) -> TrainedTensors:
     return TrainedTensors(found)
 
 
-def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> TrainedTensors:
-    """The tensors of a whole checkpoint that are not bit for bit those of the base: what its training touched.
+def trained_difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> TrainedTensors:
+    """The tensors of a whole state dict that are not bit for bit those of the base: what its training touched.
 
     Raises CompatibilityError where names or shapes differ, RecipeError when all tensors are the same.
     """
     if set(base) != set(tuned):
         other = sorted(set(base) ^ set(tuned))
-        raise CompatibilityError("difference", f"{other[0]!r} is in one alone; {len(other) - 1} more names differ")
+        raise CompatibilityError("tuned", f"{other[0]!r} is in one alone; {len(other) - 1} more names differ from base")
     unlike = [n for n in base if base[n].shape != tuned[n].shape]
     if unlike:
         shapes = f"{list(tuned[unlike[0]].shape)}, in the base {list(base[unlike[0]].shape)}"
-        raise CompatibilityError("difference", f"{unlike[0]!r} is {shapes}")
+        raise CompatibilityError("tuned", f"{unlike[0]!r} is {shapes}")
     found = {n: t for n, t in tuned.items() if not _same_bits(t, base[n])}
     if not found:
-        raise RecipeError("difference", "every tensor is the base's own", "Give the checkpoint that was trained.")
+        raise RecipeError("tuned", "every tensor is the base's own", "Give the checkpoint that was trained.")
     return TrainedTensors(found)
 
 
@@ -47,6 +48,22 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def extract_trained(base: Path | str, tuned: Path | str, folder: Path | str) -> list[str]:
+    """Writes what differs between two whole checkpoints on disk as save_trained does; returns the tensors' names.
+
+    For models that were saved as a whole, and where a library saves tensors under other names than the model has them.
+    Raises what trained_difference raises, and CheckpointError for files that cannot be read.
+    """
+    with open_checkpoint(base) as first, open_checkpoint(tuned) as second:
+        states = [{n: t for n, t in torch_state(c).items() if n not in c.aliases} for c in (first, second)]
+        found = trained_difference(*states)
+        save_trained(found, folder)
+        if second.directory is not None and (second.directory / CONFIG).exists():
+            text = (second.directory / CONFIG).read_text(encoding="utf-8")
+            publish(Path(folder) / CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return list(found)
 
 
 def save_trained(model: nn.Module | TrainedTensors, folder: Path | str) -> None:
