@@ -29,6 +29,7 @@ from peta_fast.ops.delta_merge import (
     MaskBuffer,
     Prepared,
     Term,
+    Verdict,
     merge,
     prepare,
     ranks_wanted,
@@ -76,6 +77,7 @@ class Engine:
         self.model_ranks: list[list[Rank]] | None = None
         self.majority = 0
         self.ready: dict[str, Prepared | Buffer] = {}
+        self.verdicts: list[Verdict] = []  # of devices that have not been waited for
 
     def find_model_statistics(self, tell: Callable[[TensorPlan], None] = lambda tensor: None) -> None:
         """Thresholds and majority sign over the whole model, where the method wants them. tell: after each reading."""
@@ -165,11 +167,18 @@ class Engine:
             ready = self.ready.get(tensor.name)
             if isinstance(ready, Prepared):
                 start, stop = piece.start // width, piece.stop // width
-                out = Buffer(piece.target.address, tensor.dtype, stop - start, piece.target.owner)
+                target = piece.target
+                out = Buffer(target.address, tensor.dtype, stop - start, target.owner, target.device)
                 jobs.append(Job(ready, start, stop, out))
             elif piece.stop > piece.start:
                 self._copy(ready or self._buffer(tensor.models[0]), piece)
-        merge(jobs, threads=self.threads, allow_nonfinite=self.allow_nonfinite)
+        merge(jobs, threads=self.threads, allow_nonfinite=self.allow_nonfinite, later=self.verdicts)
+
+    def finish(self) -> None:
+        """Waits for devices. Raises CheckpointError when what they read or wrote is NaN or infinite, unless allowed."""
+        verdicts, self.verdicts = self.verdicts, []
+        for verdict in verdicts:
+            verdict.check()
 
     def forget(self, kept: set[str] = frozenset()) -> None:
         """Lets go of what tensors needed, except for those named."""
@@ -178,7 +187,9 @@ class Engine:
     def _copy(self, source: Buffer, piece: Piece) -> None:
         if source.address + piece.start != piece.target.address:
             count = piece.stop - piece.start
-            backend().copy_bytes(piece.target.address, source.address + piece.start, count, self.threads)
+            backend(piece.target.device).copy_bytes(
+                piece.target.address, source.address + piece.start, count, self.threads
+            )
 
     def _merge_whole(self, tensor: TensorPlan) -> Buffer:
         """Runs a method that is plain PyTorch over one tensor; its result in the output's dtype."""
@@ -189,7 +200,7 @@ class Engine:
         if not self.allow_nonfinite and not merged.isfinite().all():
             raise CheckpointError(tensor.name, f"the merged values are not finite in {LONG_NAMES[tensor.dtype]}", HINT)
         merged[merged.isnan()] = float("nan")  # one pattern
-        return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged)
+        return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged, inputs.device)
 
 
 HINT = "Mend that checkpoint, or allow NaN and inf with allow_nonfinite (--allow-nonfinite)."
@@ -211,6 +222,11 @@ def run_whole_tensor(recipe: Recipe, tensor: TensorPlan, inputs: Inputs):
     import torch
 
     def as_tensor(buffer: Buffer):
+        if buffer.device.startswith("cuda"):
+            from peta_fast.ops.device import device_bytes
+
+            raw = device_bytes(buffer.address, buffer.nbytes, buffer.device).clone()
+            return raw.view(getattr(torch, LONG_NAMES[buffer.dtype])).reshape(tensor.shape)
         raw = np.array(np.frombuffer(buffer.as_bytes(), np.uint8))
         return torch.from_numpy(raw).view(getattr(torch, LONG_NAMES[buffer.dtype])).reshape(tensor.shape)
 

@@ -6,6 +6,7 @@ Kernels run on torch's current stream, memory comes from torch's allocator, noth
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Memory(Protocol):
     name: str
 
     def place(self) -> Place: ...
+    def current(self) -> contextlib.AbstractContextManager: ...
     def empty(self, nbytes: int) -> Held: ...
     def upload(self, array: np.ndarray) -> Held: ...
     def download(self, address: int, nbytes: int) -> np.ndarray: ...
@@ -56,6 +58,9 @@ class HostMemory:
 
     def place(self) -> Place:
         return Place(0, None)
+
+    def current(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def empty(self, nbytes: int) -> Held:
         raw = np.full(nbytes + 256, 0xA5, np.uint8)
@@ -84,10 +89,14 @@ class TorchMemory:
     def place(self) -> Place:
         return Place(self.index, self.torch.cuda.current_stream(self.device).cuda_stream)
 
+    def current(self) -> contextlib.AbstractContextManager:
+        """The library makes the device current, by a CUDA runtime of its own; torch must find again what it had."""
+        return self.torch.cuda.device(self.device)
+
     def empty(self, nbytes: int) -> Held:
         try:
             owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, device=self.device)
-        except self.torch.cuda.OutOfMemoryError as error:
+        except self.torch.OutOfMemoryError as error:
             raise out_of_memory(self.name, nbytes, error) from error
         return Held(owner.data_ptr(), nbytes, owner)
 
@@ -139,7 +148,8 @@ class DeviceOps:
         self.library, self.memory = library, memory
 
     def call(self, name: str, *arguments) -> None:
-        self.library.call(name, self.memory.place(), *arguments)
+        with self.memory.current():
+            self.library.call(name, self.memory.place(), *arguments)
 
     def upload_together(self, *arrays: np.ndarray) -> tuple[Held, list[int]]:
         """All arrays in one copy; their addresses."""
