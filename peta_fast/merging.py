@@ -56,6 +56,7 @@ def merge(
     resume: bool = False,
     force: bool = False,
     allow_nonfinite: bool = False,
+    device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
 ) -> Report:
@@ -69,6 +70,7 @@ def merge(
     parameters  then, the method's keys - one value, or for keys that each model sets, a list with one a model - and
                 the recipe's: seed, dtype, out_dtype, trim_scope, tokenizer_source, chat_template, name
     compat      whose semantics apply; see peta_fast.recipe.load_recipe. Native with keywords
+    device      "cpu", "cuda" or "cuda:N": where tensors are merged, with the same bits
 
     Raises RecipeError, CheckpointError, CompatibilityError or ResourceError; nothing appears in `out` then.
     """
@@ -93,6 +95,7 @@ def merge(
         force=force,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
+        device=device,
         progress=progress,
     )
 

@@ -20,7 +20,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"methods": ("methods",), "nn": ("nn",)},
     {"recipe": ("recipe", "_recipe_reader", "_recipe_settings", "_recipe_spec", "_yaml_lines")},
     {"plan": ("plan", "_assignment", "_tensor_plan")},
-    {"run": ("run", "_engine", "_output", "_companions", "journal")},
+    {"run": ("run", "_engine", "_device_engine", "_output", "_companions", "journal")},
     {"merging": ("merging",)},
     {"demo": ("demo",)},
     {"cli": ("cli", "__main__")},

@@ -24,7 +24,7 @@ def merge(
     threads: Threads = 0,
     compat: Compat = None,
     seed: Seed = None,
-    device: Annotated[str, Option("--device", help="cpu; others are not available yet.")] = "cpu",
+    device: Annotated[str, Option("--device", help="cpu, cuda or cuda:1; the bits are the same.")] = "cpu",
     allow_nonfinite: Annotated[bool, Option("--allow-nonfinite", help="NaN and infinities are no fault.")] = False,
     quiet: Annotated[bool, Option("--quiet/--no-quiet", "-q", help="No progress on stderr.")] = False,
     as_json: AsJson = False,
@@ -36,7 +36,7 @@ def merge(
     ignored_values: IgnoredValues = None,
 ) -> int:
     """Merge the models that a recipe names."""
-    refuse_gpu(device, gpu)
+    device = chosen_device(device, gpu)
     from peta_fast.cli._planning import planned
 
     plan = planned(recipe, compat, seed, max_memory, max_shard_size, threads, transformers_cache)
@@ -45,23 +45,22 @@ def merge(
 
         print_plan(plan, as_json, None if show_all else limit)
         return 0
-    _run(plan, out, resume, force, allow_nonfinite, threads, quiet, as_json)
+    _run(plan, out, resume, force, allow_nonfinite, threads, device, quiet, as_json)
     return 0
 
 
-def refuse_gpu(device: str, gpu: bool) -> None:
-    """Raises UsageError unless the merge is to run on the CPU."""
+def chosen_device(device: str, gpu: bool) -> str:
+    """cpu, cuda or cuda:N; mergekit's GPU flags mean cuda. Raises UsageError for anything else."""
     from peta_fast.cli._errors import UsageError
 
-    if gpu or device != "cpu":
-        got = device if device != "cpu" else "one of mergekit's GPU flags"
-        raise UsageError(
-            "--device", f"expected cpu, got {got}: merging on a GPU is not available yet",
-            "Leave it out: on the CPU a merge takes as long as reading and writing the files.",
-        )  # fmt: skip
+    name, _, number = device.partition(":")
+    if device != "cpu" and (name != "cuda" or (number and not number.isdigit()) or device.endswith(":")):
+        raise UsageError("--device", f"expected cpu, cuda or cuda:N, got {device!r}")
+    return "cuda" if gpu and device == "cpu" else device
 
 
-def _run(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, quiet, as_json) -> None:
+def _run(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, device: str,
+         quiet, as_json) -> None:  # fmt: skip
     from peta_fast.cli._errors import Interrupted
     from peta_fast.cli._progress import progress
     from peta_fast.cli._text import print_json
@@ -77,6 +76,7 @@ def _run(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, thre
                 force=force,
                 allow_nonfinite=allow_nonfinite,
                 threads=threads,
+                device=device,
                 progress=tell,
             )
     except KeyboardInterrupt:

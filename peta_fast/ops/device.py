@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,6 +50,11 @@ class Memory(Protocol):
     def empty(self, nbytes: int) -> Held: ...
     def upload(self, array: np.ndarray) -> Held: ...
     def download(self, address: int, nbytes: int) -> np.ndarray: ...
+    def pinned(self, nbytes: int) -> Held: ...
+    def new_stream(self) -> Any: ...
+    def on(self, stream: Any) -> contextlib.AbstractContextManager: ...
+    def mark(self) -> Callable[[], None]: ...
+    def free_bytes(self) -> int: ...
 
 
 class HostMemory:
@@ -75,6 +81,20 @@ class HostMemory:
         out = np.empty(nbytes, np.uint8)
         ctypes.memmove(out.ctypes.data, address, nbytes)
         return out
+
+    pinned = empty
+
+    def new_stream(self) -> Any:
+        return None
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+    def free_bytes(self) -> int:
+        return 4 << 30
 
 
 class TorchMemory:
@@ -112,6 +132,27 @@ class TorchMemory:
     def download(self, address: int, nbytes: int) -> np.ndarray:
         """Waits for everything on the current stream."""
         return device_bytes(address, nbytes, self.device).cpu().numpy()
+
+    def pinned(self, nbytes: int) -> Held:
+        """Memory of the host that copies to and from the device need not stage."""
+        owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, pin_memory=True)
+        return Held(owner.data_ptr(), nbytes, owner)
+
+    def new_stream(self) -> Any:
+        return self.torch.cuda.Stream(self.device)
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager:
+        """The stream is the current one within."""
+        return self.torch.cuda.stream(stream)
+
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that the current stream has been given so far."""
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(self.device))
+        return event.synchronize
+
+    def free_bytes(self) -> int:
+        return self.torch.cuda.mem_get_info(self.device)[0]
 
 
 def device_bytes(address: int, nbytes: int, device: Any) -> Any:
