@@ -160,11 +160,21 @@ def test_a_command_line_of_mergekit_runs_unchanged(folder, run):
     assert len(list((folder / "out").glob("model-*-of-00003.safetensors"))) == 3
 
 
-@pytest.mark.parametrize("flag", [["--device", "cuda"], ["--device=mps"], ["--cuda"], ["--gpu-rich"], ["--multi-gpu"]])
-def test_a_gpu_is_not_available_yet(flag, folder, run):
-    code, out, err = run("merge", folder / "ties.yml", folder / "out", *flag)
-    assert (code, out) == (2, "") and "not available yet" in err
-    assert not (folder / "out").exists()
+@pytest.mark.parametrize("flag", [["--device", "cuda"], ["--device=cuda:1"], ["--cuda"], ["--gpu-rich"]])
+def test_a_gpu_wants_the_cuda_library(flag, folder, run, monkeypatch):
+    from peta_fast import _cuda
+
+    monkeypatch.setenv("PETA_FAST_CUDA_LIBRARY", "")
+    _cuda.library.cache_clear()
+    code, out, err = run("merge", folder / "ties.yml", folder / "gpu-out", *flag)
+    _cuda.library.cache_clear()
+    assert (code, out) == (5, "") and "it is not built" in err and "build-cuda" in err
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:", "cuda:x", ""])
+def test_a_device_that_is_none_is_refused(device, folder, run):
+    code, out, err = run("merge", folder / "ties.yml", folder / "gpu-out", f"--device={device}")
+    assert (code, out) == (2, "") and "expected cpu, cuda or cuda:N" in err
 
 
 @pytest.mark.parametrize(
