@@ -2,10 +2,11 @@
 
 usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick]
 
-Builds the package with what is installed here, runs every test marked `gpu`, measures linearized LoRA against the jvp,
-PEFT's LoRA and the bare layer, and both ways of its forward against each other. Writes tests.json, linearized_lora.json
-(rows), linearized_lora.md (their table and what went wrong) and, with matplotlib, linearized_lora.png to DIR, which is
-$OUT, or benchmarks/results/gpu. Needs torch with CUDA, triton, numpy and pytest, nothing else.
+Builds the package with what is installed here, runs every test marked `gpu`, measures merging (gpu_merges.py) and
+linearized LoRA against the jvp, PEFT's LoRA and the bare layer, and both ways of its forward against each other.
+Writes tests.json, merges.json, merges.md, linearized_lora.json (rows), linearized_lora.md (their table and what went
+wrong) and, with matplotlib, linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. Needs torch with
+CUDA, triton, numpy and pytest, nothing else; for merging, nvcc too, or a CUDA library in peta_fast/ built elsewhere.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
@@ -37,9 +38,17 @@ def main(words: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu_suite: torch sees no CUDA device here", file=sys.stderr)
         return 1
+    problems += find_library()
     problems += run_tests(options.out, deadline - time.monotonic())
+    left = deadline - time.monotonic()
+    import gpu_merges
+
+    merges, merge_notes = gpu_merges.measure(min(options.rounds, 10), time.monotonic() + 0.5 * left, options.quick)
+    write(merges, [*problems, *merge_notes], options.out, "merges")
     rows, notes = measure_all(options.rounds, deadline, options.quick)
-    write(rows, [*problems, *notes], options.out)
+    write(rows, [*problems, *notes], options.out, "linearized_lora")
+    plot(rows, options.out / "linearized_lora.png")
+    problems += [note for note in merge_notes if "not the CPU's" in note or "Error" in note]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
@@ -61,6 +70,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def build(out: Path) -> list[str]:
     """Installs the package into this Python without fetching anything; what went wrong, as a list of at most one."""
+    os.environ.setdefault("PETA_FAST_CUDA_ARCHS", "90")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", str(ROOT)]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode == 0:
@@ -68,6 +78,18 @@ def build(out: Path) -> list[str]:
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return [f"the package was not built, so its sources ran: {ran.stderr.strip()[-600:]}"]
+
+
+def find_library() -> list[str]:
+    """The library that the build has made, or one that was brought along; what is missing, as a list of at most one."""
+    from peta_fast import _cuda
+
+    brought = ROOT / "peta_fast" / _cuda.NAME
+    if not _cuda.candidates() and brought.exists():
+        os.environ["PETA_FAST_CUDA_LIBRARY"] = str(brought)
+    found = _cuda.describe()
+    print(f"CUDA library: {found['cuda library']}, {found['cuda reason']}")
+    return [] if _cuda.candidates() else [f"merging: no CUDA library, {found['cuda reason']}"]
 
 
 def gpu_test_files() -> list[Path]:
@@ -232,13 +254,12 @@ def row(name, shape, times, ours, reference, floor, error, details) -> dict:
 # ---------------------------------------------------------------- what is written
 
 
-def write(rows: list[dict], notes: list[str], out: Path) -> None:
+def write(rows: list[dict], notes: list[str], out: Path, name: str) -> None:
     from table import markdown
 
-    (out / "linearized_lora.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = markdown(rows) + "".join(f"\n- {note}" for note in notes) + "\n"
-    (out / "linearized_lora.md").write_text(text, encoding="utf-8")
-    plot(rows, out / "linearized_lora.png")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -31,6 +31,7 @@ from peta_fast.ops.delta_merge import (
     MaskBuffer,
     Prepared,
     Term,
+    Verdict,
     merge,
     prepare,
     ranks_wanted,
@@ -84,6 +85,7 @@ class Engine:
         self.majority = 0
         self.gram: np.ndarray | None = None
         self.ready: dict[str, Prepared | Buffer] = {}
+        self.verdicts: list[Verdict] = []  # of devices that have not been waited for
 
     def find_model_statistics(self, tell: Callable[[TensorPlan], None] = lambda tensor: None) -> None:
         """Thresholds, majority sign or inner products over the whole model, where the method wants them.
@@ -199,11 +201,18 @@ class Engine:
             ready = self.ready.get(tensor.name)
             if isinstance(ready, Prepared):
                 start, stop = piece.start // width, piece.stop // width
-                out = Buffer(piece.target.address, tensor.dtype, stop - start, piece.target.owner)
+                target = piece.target
+                out = Buffer(target.address, tensor.dtype, stop - start, target.owner, target.device)
                 jobs.append(Job(ready, start, stop, out))
             elif piece.stop > piece.start:
                 self._copy(ready or self._buffer(tensor.models[0]), piece)
-        merge(jobs, threads=self.threads, allow_nonfinite=self.allow_nonfinite)
+        merge(jobs, threads=self.threads, allow_nonfinite=self.allow_nonfinite, later=self.verdicts)
+
+    def finish(self) -> None:
+        """Waits for devices. Raises CheckpointError when what they read or wrote is NaN or infinite, unless allowed."""
+        verdicts, self.verdicts = self.verdicts, []
+        for verdict in verdicts:
+            verdict.check()
 
     def forget(self, kept: set[str] = frozenset()) -> None:
         """Lets go of what tensors needed, except for those named."""
@@ -212,7 +221,9 @@ class Engine:
     def _copy(self, source: Buffer, piece: Piece) -> None:
         if source.address + piece.start != piece.target.address:
             count = piece.stop - piece.start
-            backend().copy_bytes(piece.target.address, source.address + piece.start, count, self.threads)
+            backend(piece.target.device).copy_bytes(
+                piece.target.address, source.address + piece.start, count, self.threads
+            )
 
     def _merge_whole(self, tensor: TensorPlan) -> Buffer:
         """Runs a method that is plain PyTorch over one tensor; its result in the output's dtype."""
@@ -226,7 +237,7 @@ class Engine:
         if not self.allow_nonfinite and not merged.isfinite().all():
             raise CheckpointError(tensor.name, f"the merged values are not finite in {LONG_NAMES[tensor.dtype]}", HINT)
         merged[merged.isnan()] = float("nan")  # one pattern
-        return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged)
+        return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged, inputs.device)
 
     def _whole_spec(self, tensor: TensorPlan) -> TensorSpec:
         """What a whole-tensor method may know, with the tensor's statistics. Raises CheckpointError for NaN and inf."""
@@ -277,6 +288,11 @@ def as_torch(buffer: Buffer, *, copied: bool = True):
 
     if isinstance(buffer, FactorsBuffer):
         return torch.from_numpy(formed(buffer))
+    if buffer.device.startswith("cuda"):
+        from peta_fast.ops.device import device_bytes
+
+        there = device_bytes(buffer.address, buffer.nbytes, buffer.device)
+        return (there.clone() if copied else there).view(getattr(torch, LONG_NAMES[buffer.dtype]))
     raw = np.frombuffer(buffer.as_bytes(), np.uint8)
     return torch.from_numpy(np.array(raw) if copied else raw).view(getattr(torch, LONG_NAMES[buffer.dtype]))
 

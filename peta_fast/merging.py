@@ -27,6 +27,8 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 BATCH = 1 << 24
 """Elements merged in one call in memory."""
+DEVICE_BATCH = 1 << 28
+"""The same on a device, whose scratch is a few percent of that."""
 
 
 def parse_bytes(text: str | int | float, who: str) -> int:
@@ -57,6 +59,7 @@ def merge(
     force: bool = False,
     allow_nonfinite: bool = False,
     trained_only: bool = False,
+    device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
 ) -> Report:
@@ -71,6 +74,7 @@ def merge(
                 the recipe's: seed, dtype, out_dtype, trim_scope, tokenizer_source, chat_template, name
     compat      whose semantics apply; see peta_fast.recipe.load_recipe. Native with keywords
     trained_only   leave out what is frozen in every model; for models that save_trained has written
+    device      "cpu", "cuda" or "cuda:N": where tensors are merged, with the same bits
 
     Raises RecipeError, CheckpointError, CompatibilityError or ResourceError; nothing appears in `out` then.
     """
@@ -96,6 +100,7 @@ def merge(
         force=force,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
+        device=device,
         progress=progress,
     )
 
@@ -128,7 +133,8 @@ def merge_state_dicts(
                 init (mats): a state dict to begin from, besides the names and files it takes in a recipe
     notes       takes what methods that solve say of each tensor: name -> residuals, ridge and the like
 
-    A tensor with two names stays one where it is one in all dicts.
+    A tensor with two names stays one where it is one in all dicts. Tensors on a GPU, all on one, are merged there on
+    torch's current stream and never leave it; `out` may be a live model's there.
 
     Returns name -> tensor, of the kind that base (or the first model) holds; those of `out` where it is given.
     Raises RecipeError for parameters, CompatibilityError for names and shapes, CheckpointError for NaN and inf.
@@ -150,12 +156,16 @@ def merge_state_dicts(
     engine = Engine(
         recipe, tensors, sources, mask_source, threads=threads, allow_nonfinite=allow_nonfinite, beside=beside
     )
-    engine.find_model_statistics()
     like = next(iter(sources.values()))
     places = _places(tensors, like, out)
-    for batch in _batches(tensors):
+    device = _one_device([*sources.values(), *([mask_source] if isinstance(mask_source, MemorySource) else [])], places)
+    if device and mask_source is not None and not isinstance(mask_source, MemorySource):
+        raise CompatibilityError("mask", f"is a file, the models are on {device}", "Load it and move it there.")
+    engine.find_model_statistics()
+    for batch in _batches(tensors, DEVICE_BATCH if device else BATCH):
         engine.fill([Piece(t, 0, t.nbytes, _as_bytes(places[t.name].buffer)) for t in batch])
         engine.forget()
+    engine.finish()
     if notes is not None:
         notes.update(engine.notes)
     for alias, name in kept_ties(recipe, sources).items():
@@ -259,9 +269,32 @@ def _described(label: str, name: str, value: Any) -> MemoryTensor:
     long = str(value.dtype).removeprefix("torch.")
     if long not in SHORT_NAMES:
         raise CompatibilityError(label, f"{name!r} is {long}, expected one of {', '.join(SHORT_NAMES)}")
-    if not isinstance(value, np.ndarray) and value.device.type != "cpu":
-        raise CompatibilityError(label, f"{name!r} is on {value.device}, expected the CPU", "Move it with .cpu().")
+    if not isinstance(value, np.ndarray) and value.device.type not in ("cpu", "cuda"):
+        raise CompatibilityError(
+            label, f"{name!r} is on {value.device}, expected the CPU or a CUDA device", "Move it with .cpu()."
+        )
     return MemoryTensor(SHORT_NAMES[long], tuple(value.shape), value)
+
+
+def device_of(value: Any) -> str:
+    """Whose memory a tensor lies in: "" for the host's, or "cuda:0"."""
+    if isinstance(value, np.ndarray) or value.device.type == "cpu":
+        return ""
+    return str(value.device)
+
+
+def _one_device(sources: Sequence[MemorySource], places: Mapping[str, Place]) -> str:
+    """The device of all tensors. Raises CompatibilityError when they are not on one."""
+    first: dict[str, str] = {}
+    for source in sources:
+        for name, tensor in source.tensors.items():
+            first.setdefault(device_of(tensor.value), f"{source.label}: {name!r}")
+    for name, place in places.items():
+        first.setdefault(place.buffer.device, f"out: {name!r}")
+    if len(first) > 1:
+        where = ", ".join(f"{who} on {device or 'the CPU'}" for device, who in first.items())
+        raise CompatibilityError("tensors", f"expected all on one device, got {where}", "Move them with .to(device).")
+    return next(iter(first), "")
 
 
 def _buffer(value: Any, dtype: str) -> Buffer:
@@ -269,7 +302,7 @@ def _buffer(value: Any, dtype: str) -> Buffer:
     if isinstance(value, np.ndarray):
         return Buffer.from_array(np.ascontiguousarray(value).reshape(-1), dtype)
     value = value.detach().contiguous()
-    return Buffer(value.data_ptr(), dtype, value.numel(), value)
+    return Buffer(value.data_ptr(), dtype, value.numel(), value, device_of(value))
 
 
 @dataclass(frozen=True)
@@ -330,16 +363,21 @@ def _empty(tensor: TensorPlan, like: Any) -> Any:
         return np.empty(tensor.shape, LONG_NAMES[tensor.dtype])
     import torch
 
-    return torch.empty(tensor.shape, dtype=getattr(torch, LONG_NAMES[tensor.dtype]))
+    try:
+        return torch.empty(tensor.shape, dtype=getattr(torch, LONG_NAMES[tensor.dtype]), device=like.device)
+    except torch.OutOfMemoryError as error:
+        from peta_fast.ops.device import out_of_memory
+
+        raise out_of_memory(str(like.device), tensor.nbytes, error) from error
 
 
-def _batches(tensors: list[TensorPlan]):
+def _batches(tensors: list[TensorPlan], most: int):
     """Runs of stored tensors that one native call takes."""
     batch, held = [], 0
     for tensor in tensors:
         if tensor.action == "alias":
             continue
-        if batch and held + tensor.size > BATCH:
+        if batch and held + tensor.size > most:
             yield batch
             batch, held = [], 0
         batch.append(tensor)
@@ -349,9 +387,9 @@ def _batches(tensors: list[TensorPlan]):
 
 
 def _as_bytes(buffer: Buffer) -> Buffer:
-    return Buffer(buffer.address, "U8", buffer.nbytes, buffer.owner)
+    return Buffer(buffer.address, "U8", buffer.nbytes, buffer.owner, buffer.device)
 
 
 def _copy(source: Buffer, target: Buffer, threads: int) -> None:
     if source.address != target.address:
-        backend().copy_bytes(target.address, source.address, source.nbytes, threads)
+        backend(target.device).copy_bytes(target.address, source.address, source.nbytes, threads)

@@ -72,9 +72,12 @@ def run(
     force: bool = False,
     allow_nonfinite: bool = False,
     threads: int = 0,
+    device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Carries out a plan.
+
+    device           where tensors are merged: "cpu", "cuda" or "cuda:N"; the bits are the same
 
     resume           go on where a killed run of the same plan stopped; where nothing was begun, begin
     force            replace what is in `out`; with resume, only where it is not of the same plan
@@ -91,22 +94,39 @@ def run(
         meter = _Meter(plan, content, pending, progress)
         notes: dict[str, dict] = {}
         if pending:
-            engine = Engine(
-                plan.recipe,
-                plan.tensors,
-                plan.sources,
-                plan.masks,
-                threads=threads,
-                allow_nonfinite=allow_nonfinite,
-                beside=plan.beside,
-            )
+            engine = _engine(plan, device, threads=threads, allow_nonfinite=allow_nonfinite)
             notes = engine.notes
             engine.find_model_statistics(meter.add_reading)
-            _make_slabs(plan, engine, output, pending, content, meter)
+            try:
+                if device != "cpu":
+                    engine.feed(_all_batches(plan, content, pending))
+                _make_slabs(plan, engine, output, pending, content, meter)
+            finally:
+                if device != "cpu":
+                    engine.stop()
         meter.add(0, "writing")
         output.finish()
     seconds = time.perf_counter() - began
     return Report(Path(out), seconds, meter.to_read, meter.to_write, len(plan.tensors), output.skipped, notes)
+
+
+def _engine(plan: Plan, device: str, **keywords) -> Engine:
+    given = (plan.recipe, plan.tensors, plan.sources, plan.masks)
+    if device == "cpu":
+        return Engine(*given, beside=plan.beside, **keywords)
+    from peta_fast._device_engine import DeviceEngine
+
+    where = "cuda:0" if device == "cuda" else device
+    return DeviceEngine(*given, device=where, beside=plan.beside, **keywords)
+
+
+def _all_batches(plan: Plan, content: Content, pending: list[Slab]) -> list[list[TensorPlan]]:
+    """What `beginning_at` will give, slab by slab."""
+    batches, found, i = Batches(plan, content, pending), [], 0
+    while i < len(pending):
+        found.append(batches.beginning_at(i))
+        i = batches.stop
+    return found
 
 
 class _Meter:

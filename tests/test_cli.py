@@ -42,7 +42,8 @@ def test_help_lists_every_file_of_the_folder(run):
     files = {p.stem for p in Path(cli.__file__).parent.glob("[!_]*.py")}
     assert {"merge", "plan", "inspect", "diff", "verify", "bench", "demo", "doctor", "schema"} <= files
     assert (code, err) == (0, "")
-    assert all(re.search(rf"^  {name} +\w", out, re.M) for name in files)
+    commands = {name.replace("_", "-") for name in files}
+    assert all(re.search(rf"^  {name} +\w", out, re.M) for name in commands)
 
 
 def test_no_words_at_all_is_a_call_for_help(run):
@@ -160,11 +161,21 @@ def test_a_command_line_of_mergekit_runs_unchanged(folder, run):
     assert len(list((folder / "out").glob("model-*-of-00003.safetensors"))) == 3
 
 
-@pytest.mark.parametrize("flag", [["--device", "cuda"], ["--device=mps"], ["--cuda"], ["--gpu-rich"], ["--multi-gpu"]])
-def test_a_gpu_is_not_available_yet(flag, folder, run):
-    code, out, err = run("merge", folder / "ties.yml", folder / "out", *flag)
-    assert (code, out) == (2, "") and "not available yet" in err
-    assert not (folder / "out").exists()
+@pytest.mark.parametrize("flag", [["--device", "cuda"], ["--device=cuda:1"], ["--cuda"], ["--gpu-rich"]])
+def test_a_gpu_wants_the_cuda_library(flag, folder, run, monkeypatch):
+    from peta_fast import _cuda
+
+    monkeypatch.setenv("PETA_FAST_CUDA_LIBRARY", "")
+    _cuda.library.cache_clear()
+    code, out, err = run("merge", folder / "ties.yml", folder / "gpu-out", *flag)
+    _cuda.library.cache_clear()
+    assert (code, out) == (5, "") and "it is not built" in err and "build-cuda" in err
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:", "cuda:x", ""])
+def test_a_device_that_is_none_is_refused(device, folder, run):
+    code, out, err = run("merge", folder / "ties.yml", folder / "gpu-out", f"--device={device}")
+    assert (code, out) == (2, "") and "expected cpu, cuda or cuda:N" in err
 
 
 @pytest.mark.parametrize(

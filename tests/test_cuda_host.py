@@ -252,7 +252,7 @@ def test_a_histogram_of_many_tensors_has_the_ranks_of_all_together(steps):
         assert found() == expected
 
 
-@pytest.mark.parametrize("columns", [1, 7, 1000, 1024, 1025, 5000])
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, 1000, 1024, 1025, 5000])
 def test_ranks_of_rows_of_any_length(columns):
     """A block sorts 1024 keys; longer rows are sorted in memory."""
     rows = 3

@@ -20,7 +20,11 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"methods": ("methods",), "nn": ("nn",)},
     {"recipe": ("recipe", "_recipe_reader", "_recipe_settings", "_recipe_spec", "_yaml_lines")},
     {"plan": ("plan", "_assignment", "_beside", "_tensor_plan")},
-    {"run": ("run", "_run_variants", "_engine", "_variants", "_output", "_companions", "journal")},
+    {
+        "run": (
+            "run", "_run_variants", "_engine", "_device_engine", "_variants", "_output", "_companions", "journal",
+        )
+    },  # fmt: skip
     {"merging": ("merging",)},
     {
         "adapters": ("adapters",),

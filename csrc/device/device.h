@@ -12,10 +12,13 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define PF_HD __host__ __device__ __forceinline__
+#else
+#define PF_HD inline __attribute__((always_inline))
+#endif
+#if defined(__CUDA_ARCH__)
 #define PF_UNROLL _Pragma("unroll")
 #define PF_NO_UNROLL _Pragma("unroll 1")
 #else
-#define PF_HD inline __attribute__((always_inline))
 #define PF_UNROLL
 #define PF_NO_UNROLL
 #endif

@@ -106,6 +106,37 @@ struct SortEnds {
   }
 };
 
+PF_HD float probability_of(const RankRows& rows, double low, double span, int64_t rank) {
+  return float(rows.columns == 1 ? low + span * 0.5 : low + span * double(rank) / double(rows.columns - 1));
+}
+
+// Rows too short to be worth sorting: an element counts who stands before it.
+static constexpr int64_t kShortRow = 64;
+
+struct RankShortRows {
+  static constexpr int kThreads = 256, kBlocks = 4, kPhases = 1;
+  struct Shared {
+    int32_t unused;
+  };
+  RankRows rows;
+  double low, span;
+  float* out;  // [rows, columns]
+
+  template <int>
+  PF_HD void phase(Shared&, const Block& block) const {
+    const int64_t i = block.index * kThreads + block.thread;
+    if (i >= rows.rows * rows.columns) return;
+    const int64_t column = i % rows.columns, first = rows.begin_row * rows.columns + i - column;
+    const uint32_t mine = magnitude_bits(rows.delta, first + column);
+    int64_t rank = 0;
+    for (int64_t j = 0; j < rows.columns; ++j) {
+      const uint32_t other = magnitude_bits(rows.delta, first + j);
+      rank += other < mine || (other == mine && j < column);
+    }
+    out[i] = probability_of(rows, low, span, rank);
+  }
+};
+
 struct RankToProbability {
   static constexpr int kThreads = 256, kBlocks = 4, kPhases = 1;
   struct Shared {
@@ -121,8 +152,7 @@ struct RankToProbability {
     if (i >= rows.rows * rows.columns) return;
     const int64_t row = i / rows.columns, rank = i % rows.columns;
     const int64_t column = int64_t(rows.keys[row * rows.padded + rank] & 0xffffffffu);
-    const double p = rows.columns == 1 ? low + span * 0.5 : low + span * double(rank) / double(rows.columns - 1);
-    out[row * rows.columns + column] = float(p);
+    out[row * rows.columns + column] = probability_of(rows, low, span, rank);
   }
 };
 

@@ -57,6 +57,7 @@ PETA_EXPORT int32_t peta_histogram(Place place, const Delta* delta, int64_t size
 
 // Bytes of keys that peta_ranked_probability wants for each row.
 PETA_EXPORT int64_t peta_row_bytes(int64_t columns) {
+  if (columns <= peta::kShortRow) return 8;
   int64_t padded = peta::kSorted;
   while (padded < columns) padded *= 2;
   return padded * 8;
@@ -72,6 +73,8 @@ PETA_EXPORT int32_t peta_ranked_probability(Place place, const Delta* delta, int
   if (columns > UINT32_MAX) return fail(-1, who, "a row has more elements than its ranks can number");
   const int64_t padded = peta_row_bytes(columns) / 8;
   const RankRows r{*delta, begin_row, rows, columns, padded, keys};
+  if (columns <= kShortRow)
+    return launch(RankShortRows{r, low, high - low, out}, ceil_div(rows * columns, 256), place, who);
   const int64_t runs = rows * (padded / kSorted);
   int failed = launch(SortRuns{r}, runs, place, who);
   for (int64_t k = 2 * kSorted; k <= padded && !failed; k *= 2) {

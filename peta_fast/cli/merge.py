@@ -24,7 +24,7 @@ def merge(
     threads: Threads = 0,
     compat: Compat = None,
     seed: Seed = None,
-    device: Annotated[str, Option("--device", help="cpu; others are not available yet.")] = "cpu",
+    device: Annotated[str, Option("--device", help="cpu, cuda or cuda:1; the bits are the same.")] = "cpu",
     allow_nonfinite: Annotated[bool, Option("--allow-nonfinite", help="NaN and infinities are no fault.")] = False,
     trained_only: Annotated[bool, Option("--trained-only", help="Leave out what no model has trained.")] = False,
     quiet: Annotated[bool, Option("--quiet/--no-quiet", "-q", help="No progress on stderr.")] = False,
@@ -37,13 +37,17 @@ def merge(
     ignored_values: IgnoredValues = None,
 ) -> int:
     """Merge the models that a recipe names."""
-    refuse_gpu(device, gpu)
+    device = chosen_device(device, gpu)
     from peta_fast.cli._planning import loaded_all, planned
 
     named = loaded_all(recipe, compat, seed)
     if len(named) > 1:
         from peta_fast.cli._batch import run_batch
 
+        if device != "cpu":
+            from peta_fast.cli._errors import UsageError
+
+            raise UsageError("--device", f"expected cpu for several recipes, got {device}", "Merge them one by one.")
         options = {"resume": resume, "force": force, "allow_nonfinite": allow_nonfinite, "threads": threads}
         return run_batch(named, out, max_memory, max_shard_size, transformers_cache, dry_run, quiet, as_json, options)
     plan = planned(named[0][1], None, None, max_memory, max_shard_size, threads, transformers_cache, trained_only)
@@ -52,23 +56,23 @@ def merge(
 
         print_plan(plan, as_json, None if show_all else limit)
         return 0
-    run_plan(plan, out, resume, force, allow_nonfinite, threads, quiet, as_json)
+    run_plan(plan, out, resume, force, allow_nonfinite, threads, quiet, as_json, device)
     return 0
 
 
-def refuse_gpu(device: str, gpu: bool) -> None:
-    """Raises UsageError unless the merge is to run on the CPU."""
+def chosen_device(device: str, gpu: bool) -> str:
+    """cpu, cuda or cuda:N; mergekit's GPU flags mean cuda. Raises UsageError for anything else."""
     from peta_fast.cli._errors import UsageError
 
-    if gpu or device != "cpu":
-        got = device if device != "cpu" else "one of mergekit's GPU flags"
-        raise UsageError(
-            "--device", f"expected cpu, got {got}: merging on a GPU is not available yet",
-            "Leave it out: on the CPU a merge takes as long as reading and writing the files.",
-        )  # fmt: skip
+    name, _, number = device.partition(":")
+    if device != "cpu" and (name != "cuda" or (number and not number.isdigit()) or device.endswith(":")):
+        raise UsageError("--device", f"expected cpu, cuda or cuda:N, got {device!r}")
+    return "cuda" if gpu and device == "cpu" else device
 
 
-def run_plan(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, quiet, as_json) -> None:
+def run_plan(
+    plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, threads: int, quiet, as_json, device: str = "cpu"
+) -> None:
     """Runs a plan with progress on stderr and prints what was done. Raises Interrupted where --resume goes on."""
     from peta_fast.cli._errors import Interrupted
     from peta_fast.cli._progress import progress
@@ -85,6 +89,7 @@ def run_plan(plan, out: Path, resume: bool, force: bool, allow_nonfinite: bool, 
                 force=force,
                 allow_nonfinite=allow_nonfinite,
                 threads=threads,
+                device=device,
                 progress=tell,
             )
     except KeyboardInterrupt:

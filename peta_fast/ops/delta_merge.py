@@ -9,126 +9,21 @@ Cost: each input read once, each output written once; thresholds and norms cost 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from peta_fast.buffers import Buffer
 from peta_fast.errors import CheckpointError
 from peta_fast.ops import backend, order_statistics, records
-from peta_fast.ops.order_statistics import EVERYTHING, NOTHING, Rank
+from peta_fast.ops.merge_terms import Above as Above
+from peta_fast.ops.merge_terms import All as All
+from peta_fast.ops.merge_terms import Band, DeltaMerge, Keep, Random, RankedRandom, Term, Ties, Top
+from peta_fast.ops.merge_terms import Nothing as Nothing
+from peta_fast.ops.order_statistics import EVERYTHING, NOTHING, DeviceRank, Rank
 from peta_fast.ops.task_statistics import task_statistics
-
-Ties = Literal["all", "first"]
-"""Which of the elements equal to a threshold belong: all of them, or the lowest indices up to the exact count."""
-
-
-@dataclass(frozen=True)
-class All:
-    """Keeps every entry."""
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """Keeps no entry."""
-
-
-@dataclass(frozen=True)
-class Top:
-    """Keeps the `count` largest |delta| of the trim scope."""
-
-    count: int
-    ties: Ties = "all"
-
-
-@dataclass(frozen=True)
-class Band:
-    """Skips the `skip` largest |delta|, keeps the `count` after them.
-
-    ties "all": lo <= |delta| < hi with lo the (skip + count)-th and hi the skip-th largest.
-    """
-
-    skip: int
-    count: int
-    ties: Ties = "all"
-
-
-@dataclass(frozen=True)
-class Above:
-    """Keeps |delta| > threshold."""
-
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Random:
-    """Keeps each entry with this probability, by Philox over (seed, task, tensor name, flat index)."""
-
-    probability: float
-
-
-@dataclass(frozen=True)
-class RankedRandom:
-    """Random with a probability that rises with the rank of |delta| in its row: `low` for the smallest, `high` for
-    the largest. A row runs along the last dimension; a tensor of one dimension or none is one row."""
-
-    low: float
-    high: float
-
-
-Keep = All | Nothing | Top | Band | Above | Random | RankedRandom
-
-
-@dataclass(frozen=True)
-class Term:
-    """One task's part.
-
-    weight    multiplies the task vector
-    keep      which entries survive
-    prescale  multiplies the survivors; "l1" restores the L1 norm of the whole task vector (1 where a norm < 1e-7);
-              "1/p" multiplies each survivor of RankedRandom by 1 / its own probability
-    """
-
-    weight: float = 1.0
-    keep: Keep = All()
-    prescale: float | Literal["l1", "1/p"] = 1.0
-
-
-@dataclass(frozen=True)
-class DeltaMerge:
-    """An element-wise merge of T tasks over one tensor, in the algebra of the fused kernel.
-
-    base        what is subtracted and added again: the base tensor, zero (weights merged as they are) or one
-    elect       how the sign is elected: by the sum of weighted deltas, of deltas, or of their signs; None for no sign
-    zero        what a zero sum elects: nothing (base stays), plus, minus, or the majority sign of the whole model and,
-                where that is 0 too, minus or plus
-    aggregate   sum, max (of the agreeing), largest (magnitude overall; the first or last of equals), lower median
-    divide      by a constant, by the sum of the agreeing weights, or by their number; exactly 0 counts as 1
-    scaling     multiplies the merged delta
-    scope       trim scope of Top and Band
-    masked      every term is multiplied by its mask, then by 1 / mean(mask) when mask_rescale is "mean"
-    """
-
-    terms: tuple[Term, ...]
-    base: Literal["tensor", "zero", "one"] = "tensor"
-    elect: Literal["weighted", "unweighted", "count"] | None = None
-    zero: Literal["drop", "plus", "minus", "majority-minus", "majority-plus"] = "drop"
-    aggregate: Literal["sum", "max", "largest", "largest-last", "median"] = "sum"
-    divide: float | Literal["agreeing-weight", "agreeing-count"] = 1.0
-    scaling: float = 1.0
-    scope: Literal["tensor", "row-block", "model"] = "tensor"
-    masked: bool = False
-    mask_rescale: Literal["none", "mean"] = "none"
-
-    @property
-    def needs_model_signs(self) -> bool:
-        return self.zero.startswith("majority")
-
-    @property
-    def needs_model_thresholds(self) -> bool:
-        return self.scope == "model" and any(isinstance(t.keep, (Top, Band)) for t in self.terms)
 
 
 @dataclass(frozen=True)
@@ -163,6 +58,10 @@ class Inputs:
         return self.models[0].size
 
     @property
+    def device(self) -> str:
+        return self.models[0].device
+
+    @property
     def row(self) -> int:
         """Elements of one row, for RankedRandom."""
         return self.shape[-1] if len(self.shape) > 1 else max(self.size, 1)
@@ -178,15 +77,35 @@ def trim_size(shape: tuple[int, ...], scope: str) -> int:
     return size // shape[0] if scope == "row-block" and len(shape) > 2 and shape[0] else size
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A threshold of one TASK record that only the device knows: csrc/order_statistics/ranks.cu."""
+
+    task: int
+    rank: DeviceRank
+    high: bool
+    first: int
+    all: bool
+
+    def record(self, at: int) -> tuple:
+        return (self.rank.query, at, self.first, int(self.high), int(self.all))
+
+
 @dataclass
 class Prepared:
-    """A DeltaMerge with everything known that the kernel needs: one TASK record a block and task, one RULE."""
+    """A DeltaMerge with everything known that the kernel needs: one TASK record a block and task, one RULE.
+
+    limits  thresholds that are not in the records yet, since a device keeps them
+    mask_prescales  by task, what its mask's mean multiplies
+    """
 
     spec: DeltaMerge
     inputs: Inputs
     tasks: np.ndarray
     rule: tuple
     keeps: list[Keep] = field(default_factory=list)
+    limits: list[Limit] = field(default_factory=list)
+    mask_prescales: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -227,10 +146,12 @@ def prepare(
     """
     wanted = [_ranks_for(spec, inputs, model_ranks) for spec, inputs in requests]
     found = _select(requests, wanted, threads)
-    return [
+    prepared = [
         _prepare_one(spec, inputs, ranks, seed, majority, threads)
         for (spec, inputs), ranks in zip(requests, found, strict=True)
     ]
+    _restore_l1(prepared, threads)
+    return prepared
 
 
 def ranks_wanted(keep: Keep) -> tuple[int, ...]:
@@ -260,7 +181,9 @@ def _select(requests, wanted, threads) -> list[list[list[list[Rank]]]]:
                 if counts and isinstance(counts[0], int):
                     x = inputs.models[t].slice(b * step, (b + 1) * step)
                     group = (r << 32) + b
-                    selections.append(order_statistics.Selection(base, x, counts, BASE_KINDS[spec.base], group))
+                    index = spec.terms[t].keep.ties == "first"
+                    kind = BASE_KINDS[spec.base]
+                    selections.append(order_statistics.Selection(base, x, counts, kind, group, index))
                     places.append((r, b, t))
     ranks = order_statistics.kth_magnitudes(selections, threads=threads)
     found = [[list(tasks) for tasks in blocks] for blocks in wanted]
@@ -274,16 +197,16 @@ def _prepare_one(spec, inputs, ranks, seed, majority, threads) -> Prepared:
     step = inputs.size // max(blocks, 1)
     means = _mask_prescales(spec, inputs, threads)
     tasks = np.zeros(blocks * len(spec.terms), records.TASK)
+    limits: list[Limit] = []
     for b in range(blocks):
         for t, term in enumerate(spec.terms):
-            record = tasks[b * len(spec.terms) + t]
+            place = b * len(spec.terms) + t
+            record = tasks[place]
             _fill_task(record, term, inputs, t, means[t])
             stream = inputs.streams[t] if inputs.streams else (seed, t)
             record["key"] = philox_key(*stream, inputs.name) if is_random(term.keep) else 0
-            _fill_keep(record, term.keep, ranks[b][t], b * step)
-    prepared = Prepared(spec, inputs, tasks, rule_of(spec, majority), [t.keep for t in spec.terms])
-    _restore_l1(prepared, means, threads)
-    return prepared
+            limits += _fill_keep(record, place, term.keep, ranks[b][t], b * step)
+    return Prepared(spec, inputs, tasks, rule_of(spec, majority), [t.keep for t in spec.terms], limits, means)
 
 
 def is_random(keep: Keep) -> bool:
@@ -302,24 +225,35 @@ def _fill_task(record, term: Term, inputs: Inputs, t: int, mask_prescale: float)
         record["mask"], record["mask_dtype"] = mask.buffer.address, records.CODES[mask.form]
 
 
-def _fill_keep(record, keep: Keep, ranks: Sequence[Rank], first: int) -> None:
-    """Thresholds and probabilities; `first` is the flat index of the block the ranks speak of."""
+def _fill_keep(record, place: int, keep: Keep, ranks: Sequence[Rank | DeviceRank], first: int) -> list[Limit]:
+    """Thresholds and probabilities; `first` is the flat index of the block the ranks speak of. Returns the thresholds
+    that only a device knows."""
     record["keep"] = records.KEEP_ALL
     if isinstance(keep, Nothing) or (ranks and ranks[0] == NOTHING):
         record["keep"] = records.KEEP_NONE
     elif isinstance(keep, Top) and ranks[0] != EVERYTHING:
         record["keep"] = records.KEEP_TOP
-        record["low"], record["low_index"] = _limit(ranks[0], keep.ties, first)
+        return _fill_limits(record, place, ("low",), ranks, keep.ties, first)
     elif isinstance(keep, Band):
         record["keep"] = records.KEEP_BAND
-        record["low"], record["low_index"] = _limit(ranks[0], keep.ties, first)
-        record["high"], record["high_index"] = _limit(ranks[1], keep.ties, first)
+        return _fill_limits(record, place, ("low", "high"), ranks, keep.ties, first)
     elif isinstance(keep, Above):
         record["keep"], record["low"], record["low_index"] = records.KEEP_TOP, records.bits(keep.threshold), -1
     elif isinstance(keep, Random):
         record["keep"], record["p"] = records.KEEP_RANDOM, keep.probability
     elif isinstance(keep, RankedRandom):
         record["keep"] = records.KEEP_RANDOM_PER_ELEMENT
+    return []
+
+
+def _fill_limits(record, place: int, fields: Sequence[str], ranks, ties: Ties, first: int) -> list[Limit]:
+    left = []
+    for name, rank in zip(fields, ranks, strict=True):
+        if isinstance(rank, DeviceRank):
+            left.append(Limit(place, rank, name == "high", first, ties == "all"))
+        else:
+            record[name], record[f"{name}_index"] = _limit(rank, ties, first)
+    return left
 
 
 def _limit(rank: Rank, ties: Ties, first: int) -> tuple[int, int]:
@@ -346,6 +280,8 @@ def _mask_mean(mask: MaskBuffer, size: int, threads: int) -> float:
         return 0.0
     if mask.form not in ("BITS", "BYTES"):
         return float(task_statistics(None, [mask.buffer], base_kind=records.BASE_ZERO, threads=threads).sums[0]) / size
+    if mask.buffer.device:
+        return backend(mask.buffer.device).count_mask(mask.buffer.address, size, mask.form == "BITS") / size
     raw = np.frombuffer(mask.buffer.as_bytes(), np.uint8)
     if mask.form == "BYTES":
         return int(np.count_nonzero(raw[:size])) / size
@@ -367,18 +303,45 @@ def rule_of(spec: DeltaMerge, majority: int) -> tuple:
     )
 
 
-def merge(jobs: Sequence[Job], *, threads: int = 0, allow_nonfinite: bool = False) -> None:
+def merge(
+    jobs: Sequence[Job], *, threads: int = 0, allow_nonfinite: bool = False, later: list[Verdict] | None = None
+) -> None:
     """Runs the kernel over all jobs at once.
+
+    later  takes what is to be looked at when a device is done; without it, a device is waited for
 
     Raises CheckpointError, naming input and tensor, when an input or a result is NaN or infinite.
     """
     batch = _Batch(threads)
     for job in jobs:
         batch.add(job)
-    table = batch.run(records.MERGE)
-    if not allow_nonfinite:
-        for i in np.flatnonzero(table["nonfinite"]):
-            refuse_nonfinite(*batch.owners[int(i)], int(table["nonfinite"][i]))
+    if not batch.device or not batch.pieces:
+        verdict = Verdict(batch.owners, batch.run(records.MERGE))
+    else:
+        verdict = Verdict(batch.owners, None, batch.start(records.MERGE), batch.device)
+    if allow_nonfinite:
+        return
+    if later is not None and batch.device:
+        later.append(verdict)
+    else:
+        verdict.check()
+
+
+@dataclass
+class Verdict:
+    """Whether all that a merge read and wrote is finite: in its PIECE records, which may still be a device's."""
+
+    owners: list[tuple[Prepared, int, int]]
+    table: np.ndarray | None
+    held: Any = None
+    device: str = ""
+
+    def check(self) -> None:
+        """Waits for the device. Raises CheckpointError, naming input and tensor."""
+        if self.table is None:
+            self.table, self.held = backend(self.device).pieces_of(self.held), None
+        for i in np.flatnonzero(self.table["nonfinite"]):
+            refuse_nonfinite(*self.owners[int(i)], int(self.table["nonfinite"][i]))
 
 
 class _Batch:
@@ -386,11 +349,13 @@ class _Batch:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self.device = ""
         self.pieces: list[tuple] = []
         self.tasks: list[np.ndarray] = []
         self.rules: list[tuple] = []
         self.owners: list[tuple[Prepared, int, int]] = []
-        self.keep_alive: list = []
+        self.limits: list[tuple] = []
+        self.keep_alive: list[Any] = []
         self.num_tasks = 0
 
     def add(self, job: Job) -> None:
@@ -398,9 +363,8 @@ class _Batch:
         inputs, count = job.prepared.inputs, len(job.prepared.spec.terms)
         blocks = len(job.prepared.tasks) // count if count else 1
         step = max(inputs.size // max(blocks, 1), 1)
+        self.device = inputs.device
         for start, stop, block in cut(job.start, job.stop, step, blocks):
-            mine = job.prepared.tasks[block * count : (block + 1) * count].copy()
-            point_at(mine, job.prepared, start, stop, self.keep_alive, self.threads)
             base = inputs.base.slice(start, stop) if inputs.base is not None else None
             out = job.out.slice(start - job.start, stop - job.start)
             self.pieces.append((
@@ -408,18 +372,38 @@ class _Batch:
                 self.num_tasks, 0, count, len(self.rules),
                 records.CODES[base.dtype] if base else 0, records.CODES[out.dtype], 0, 0,
             ))  # fmt: skip
-            self.tasks.append(mine)
-            self.num_tasks += count
+            self.add_tasks(job.prepared, block, start, stop)
             self.owners.append((job.prepared, start, stop))
         self.rules.append(job.prepared.rule)
 
+    def add_tasks(self, prepared: Prepared, block: int, start: int, stop: int) -> np.ndarray:
+        """The task records of one piece, a copy; they may be changed until the batch is run."""
+        count = len(prepared.spec.terms)
+        mine = prepared.tasks[block * count : (block + 1) * count].copy()
+        point_at(mine, prepared, start, stop, self.keep_alive, self.threads)
+        for limit in prepared.limits:
+            if block * count <= limit.task < (block + 1) * count:
+                self.limits.append(limit.record(self.num_tasks + limit.task - block * count))
+        self.tasks.append(mine)
+        self.num_tasks += count
+        return mine
+
     def run(self, mode: int) -> np.ndarray:
-        """The piece records, results filled in."""
+        """The piece records, results filled in; a device is waited for."""
+        if self.device and self.pieces:
+            return backend(self.device).pieces_of(self.start(mode))
         table = np.array(self.pieces, records.PIECE)
         if len(table):
             tasks = np.concatenate(self.tasks)
             backend().delta_merge(mode, table, tasks, np.array(self.rules, records.RULE), self.threads)
         return table
+
+    def start(self, mode: int) -> Any:
+        """Launches on the device; what `pieces_of` takes."""
+        from peta_fast.ops.device import RANK_REF
+
+        tables = np.array(self.pieces, records.PIECE), np.concatenate(self.tasks), np.array(self.rules, records.RULE)
+        return backend(self.device).start_merge(mode, *tables, np.array(self.limits, RANK_REF))
 
 
 def cut(start: int, stop: int, step: int, blocks: int):
@@ -443,62 +427,85 @@ def point_at(tasks, prepared: Prepared, start: int, stop: int, keep_alive, threa
             record["mask"] = inputs.masks[t].buffer.address + start * width
         keep = prepared.keeps[t]
         if isinstance(keep, RankedRandom):
-            table = _probabilities(prepared, t, keep, start, stop, threads)
+            table, record["probability"] = _probabilities(prepared, t, keep, start, stop, threads)
             keep_alive.append(table)
-            record["probability"] = table.__array_interface__["data"][0]
 
 
-def _probabilities(prepared: Prepared, t: int, keep: RankedRandom, start: int, stop: int, threads: int) -> np.ndarray:
-    """Keep probabilities of the elements [start, stop), from the ranks within all rows that they touch."""
+def _probabilities(prepared: Prepared, t: int, keep: RankedRandom, start: int, stop: int, threads: int):
+    """Keep probabilities of the elements [start, stop), from the ranks within all rows that they touch: memory that
+    must stay alive, and the address of the first."""
     inputs = prepared.inputs
     first_row, last_row = start // inputs.row, -(-stop // inputs.row)
-    out = np.empty((last_row - first_row) * inputs.row, np.float32)
-    delta = records.delta_record(inputs.base, inputs.models[t], BASE_KINDS[prepared.spec.base])
-    backend().ranked_probability(
-        np.array([delta], records.DELTA), first_row, last_row - first_row, inputs.row, keep.low, keep.high, out, threads
+    delta = np.array(
+        [records.delta_record(inputs.base, inputs.models[t], BASE_KINDS[prepared.spec.base])], records.DELTA
     )
-    return out[start - first_row * inputs.row :]
+    rows = (first_row, last_row - first_row, inputs.row, keep.low, keep.high)
+    skipped = (start - first_row * inputs.row) * 4
+    if inputs.device:
+        held = backend(inputs.device).start_ranking(delta, *rows)
+        return held, held.address + skipped
+    out = np.empty((last_row - first_row) * inputs.row, np.float32)
+    backend().ranked_probability(delta, *rows, out, threads)
+    return out, out.__array_interface__["data"][0] + skipped
 
 
 NORM_TILE = 1 << 22
 """Elements whose kept norm is taken at once: bounds the memory of ranked probabilities. A multiple of BLOCK."""
 
 
-def _restore_l1(prepared: Prepared, mask_prescales: Sequence[float], threads: int) -> None:
+def _restore_l1(prepared: Sequence[Prepared], threads: int) -> None:
     """Multiplies the prescale of "l1" terms by sum |d| / sum |kept d|, in fp64 over the fixed tree, rounded once."""
-    chosen = [t for t, term in enumerate(prepared.spec.terms) if term.prescale == "l1"]
-    if not chosen or not prepared.inputs.size:
-        return
-    l1 = _kept_norms(prepared, threads)
-    count = len(prepared.spec.terms)
-    for t in chosen:
-        whole, kept = l1[t]
-        restored = 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
-        prepared.tasks["prescale"][t::count] = restored * mask_prescales[t]
+    normed = [p for p in prepared if p.inputs.size and any(term.prescale == "l1" for term in p.spec.terms)]
+    started = [_start_kept_norms(p, threads) for p in normed]
+    for p, finish in zip(normed, started, strict=True):
+        l1, count = finish(), len(p.spec.terms)
+        for t, term in enumerate(p.spec.terms):
+            if term.prescale != "l1":
+                continue
+            whole, kept = l1[t]
+            restored = 1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept
+            p.tasks["prescale"][t::count] = restored * p.mask_prescales[t]
 
 
-def _kept_norms(prepared: Prepared, threads: int) -> np.ndarray:
-    """[T, 2] fp64: L1 norms of the task vectors, and of what the keep rules leave of them."""
-    size, count = prepared.inputs.size, len(prepared.spec.terms)
-    partials = np.zeros((-(-size // records.BLOCK), count, 2))
+def _start_kept_norms(prepared: Prepared, threads: int) -> Callable[[], np.ndarray]:
+    """What gives [T, 2] fp64: L1 norms of the task vectors, and of what the keep rules leave of them. A device is
+    waited for only then."""
+    size, count, device = prepared.inputs.size, len(prepared.spec.terms), prepared.inputs.device
     if len(prepared.tasks) != count:
         raise ValueError(f"{prepared.inputs.name}: prescale 'l1' goes with trim scope 'tensor' alone")
+    blocks = -(-size // records.BLOCK)
+    if device:
+        held = backend(device).memory.empty(blocks * count * 16)
+        _fill_partials(prepared, held.address, threads)
+        sums = backend(device).tree_sums(held, blocks, 2 * count)
+        return lambda: backend(device).download(sums, np.float64).reshape(count, 2)
+    partials = np.zeros((blocks, count, 2))
+    _fill_partials(prepared, partials.__array_interface__["data"][0], threads)
+    return lambda: np.array(
+        [[backend().tree_sum(np.ascontiguousarray(partials[:, t, k])) for k in range(2)] for t in range(count)]
+    )
+
+
+def _fill_partials(prepared: Prepared, partials: int, threads: int) -> None:
+    """Tile by tile, into fp64 [blocks, T, 2] at the address."""
+    size, count, inputs = prepared.inputs.size, len(prepared.spec.terms), prepared.inputs
     for start in range(0, size, NORM_TILE):
         stop = min(start + NORM_TILE, size)
-        tasks, keep_alive = prepared.tasks.copy(), []
-        tasks["prescale"] = 1.0
-        point_at(tasks, prepared, start, stop, keep_alive, threads)
-        tasks["mask"] = 0
-        base = prepared.inputs.base
-        piece = np.zeros(1, records.PIECE)
-        piece["base"] = base.slice(start, stop).address if base is not None else 0
-        piece["base_dtype"] = records.CODES[base.dtype] if base is not None else 0
-        piece["partials"] = partials[start // records.BLOCK :].__array_interface__["data"][0]
-        piece["size"], piece["start"], piece["tasks"] = stop - start, start, count
-        rule = np.array([(BASE_KINDS[prepared.spec.base], 0, 0, 0, 0, 1.0, 0.0, 1.0)], records.RULE)
-        backend().delta_merge(records.KEPT_NORM, piece, tasks, rule, threads)
-    flat = [[backend().tree_sum(np.ascontiguousarray(partials[:, t, k])) for k in range(2)] for t in range(count)]
-    return np.array(flat)
+        batch = _Batch(threads)
+        batch.device = inputs.device
+        tasks = batch.add_tasks(prepared, 0, start, stop)
+        tasks["prescale"], tasks["mask"] = 1.0, 0
+        base = inputs.base.slice(start, stop) if inputs.base is not None else None
+        place = partials + start // records.BLOCK * count * 16
+        batch.pieces.append((
+            base.address if base else 0, 0, 0, place, stop - start, start, 0, 0,
+            count, 0, records.CODES[base.dtype] if base else 0, 0, 0, 0,
+        ))  # fmt: skip
+        batch.rules.append((BASE_KINDS[prepared.spec.base], 0, 0, 0, 0, 1.0, 0.0, 1.0))
+        if inputs.device:
+            batch.start(records.KEPT_NORM)
+        else:
+            batch.run(records.KEPT_NORM)
 
 
 def sign_total(prepared: Sequence[Prepared], *, threads: int = 0) -> int:
@@ -506,7 +513,7 @@ def sign_total(prepared: Sequence[Prepared], *, threads: int = 0) -> int:
     batch = _Batch(threads)
     for p in prepared:
         if p.inputs.size and p.spec.terms:
-            batch.add(Job(p, 0, p.inputs.size, Buffer(0, "F32", p.inputs.size)))
+            batch.add(Job(p, 0, p.inputs.size, Buffer(0, "F32", p.inputs.size, None, p.inputs.device)))
     return int(batch.run(records.SIGN_TOTAL)["sign_total"].sum())
 
 

@@ -6,8 +6,10 @@ Kernels run on torch's current stream, memory comes from torch's allocator, noth
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,9 +46,15 @@ class Memory(Protocol):
     name: str
 
     def place(self) -> Place: ...
+    def current(self) -> contextlib.AbstractContextManager: ...
     def empty(self, nbytes: int) -> Held: ...
     def upload(self, array: np.ndarray) -> Held: ...
     def download(self, address: int, nbytes: int) -> np.ndarray: ...
+    def pinned(self, nbytes: int) -> Held: ...
+    def new_stream(self) -> Any: ...
+    def on(self, stream: Any) -> contextlib.AbstractContextManager: ...
+    def mark(self) -> Callable[[], None]: ...
+    def free_bytes(self) -> int: ...
 
 
 class HostMemory:
@@ -56,6 +64,9 @@ class HostMemory:
 
     def place(self) -> Place:
         return Place(0, None)
+
+    def current(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def empty(self, nbytes: int) -> Held:
         raw = np.full(nbytes + 256, 0xA5, np.uint8)
@@ -71,6 +82,20 @@ class HostMemory:
         ctypes.memmove(out.ctypes.data, address, nbytes)
         return out
 
+    pinned = empty
+
+    def new_stream(self) -> Any:
+        return None
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+    def free_bytes(self) -> int:
+        return 4 << 30
+
 
 class TorchMemory:
     """One GPU, by way of torch's current stream and its allocators."""
@@ -84,10 +109,14 @@ class TorchMemory:
     def place(self) -> Place:
         return Place(self.index, self.torch.cuda.current_stream(self.device).cuda_stream)
 
+    def current(self) -> contextlib.AbstractContextManager:
+        """The library makes the device current, by a CUDA runtime of its own; torch must find again what it had."""
+        return self.torch.cuda.device(self.device)
+
     def empty(self, nbytes: int) -> Held:
         try:
             owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, device=self.device)
-        except self.torch.cuda.OutOfMemoryError as error:
+        except self.torch.OutOfMemoryError as error:
             raise out_of_memory(self.name, nbytes, error) from error
         return Held(owner.data_ptr(), nbytes, owner)
 
@@ -103,6 +132,27 @@ class TorchMemory:
     def download(self, address: int, nbytes: int) -> np.ndarray:
         """Waits for everything on the current stream."""
         return device_bytes(address, nbytes, self.device).cpu().numpy()
+
+    def pinned(self, nbytes: int) -> Held:
+        """Memory of the host that copies to and from the device need not stage."""
+        owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, pin_memory=True)
+        return Held(owner.data_ptr(), nbytes, owner)
+
+    def new_stream(self) -> Any:
+        return self.torch.cuda.Stream(self.device)
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager:
+        """The stream is the current one within."""
+        return self.torch.cuda.stream(stream)
+
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that the current stream has been given so far."""
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(self.device))
+        return event.synchronize
+
+    def free_bytes(self) -> int:
+        return self.torch.cuda.mem_get_info(self.device)[0]
 
 
 def device_bytes(address: int, nbytes: int, device: Any) -> Any:
@@ -139,7 +189,8 @@ class DeviceOps:
         self.library, self.memory = library, memory
 
     def call(self, name: str, *arguments) -> None:
-        self.library.call(name, self.memory.place(), *arguments)
+        with self.memory.current():
+            self.library.call(name, self.memory.place(), *arguments)
 
     def upload_together(self, *arrays: np.ndarray) -> tuple[Held, list[int]]:
         """All arrays in one copy; their addresses."""

@@ -9,7 +9,8 @@ Over a whole model, and over shards or machines, histograms of the magnitudes' b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,23 +38,41 @@ class Rank:
         return records.from_bits(self.threshold)
 
 
+@dataclass(frozen=True)
+class DeviceRank:
+    """A Rank that only the device knows so far.
+
+    query   address of its SELECT_QUERY record there
+    memory  what must stay alive until whoever reads the record has been launched
+    """
+
+    query: int
+    memory: Any = field(repr=False, compare=False)
+
+
 NOTHING = Rank(records.ABS_MASK, -1)
 EVERYTHING = Rank(0, records.LAST)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Ranks wanted of one task vector: counts[j] = how many largest magnitudes to keep."""
+    """Ranks wanted of one task vector: counts[j] = how many largest magnitudes to keep.
+
+    index  whether last_index counts; a device leaves it out where it does not
+    """
 
     base: Buffer | None
     x: Buffer
     counts: Sequence[int]
     base_kind: int = records.BASE_TENSOR
     group: int = 0
+    index: bool = True
 
 
-def kth_magnitudes(selections: Sequence[Selection], *, threads: int = 0) -> list[list[Rank]]:
+def kth_magnitudes(selections: Sequence[Selection], *, threads: int = 0) -> list[list[Rank | DeviceRank]]:
     """For every selection and each of its counts, the Rank of that many largest magnitudes.
+
+    Where the tensors are a device's, so are the ranks: DeviceRanks, and nothing is waited for.
 
     Selections that follow each other with the same group share one pass over memory; they must have the same size.
     A count of 0 or less gives NOTHING, one of `size` or more EVERYTHING. NaN ranks above infinity.
@@ -64,9 +83,15 @@ def kth_magnitudes(selections: Sequence[Selection], *, threads: int = 0) -> list
         if inside:
             delta = records.delta_record(s.base, s.x, s.base_kind)
             tasks.append((delta, s.x.size, len(queries), s.group, len(inside), 0))
-        queries.extend((k, 0, 0, 0, 0, 0) for k in inside)
+        queries.extend((k, 0, 0, 0, 0, int(bool(s.x.device) and not s.index)) for k in inside)
         places.append(inside)
     found = np.array(queries, records.SELECT_QUERY)
+    device = selections[0].x.device if selections else ""
+    if tasks and device:
+        held = backend(device).start_select(np.array(tasks, records.SELECT_TASK), found)
+        addresses = range(held.address, held.address + held.nbytes, records.SELECT_QUERY.itemsize)
+        remaining = iter([DeviceRank(address, held) for address in addresses])
+        return [[_trivial(k, s.x.size) or next(remaining) for k in s.counts] for s in selections]
     if tasks:
         backend().select_magnitudes(np.array(tasks, records.SELECT_TASK), found, threads)
     ranks = (Rank(q["threshold"], q["last_index"], q["above"], q["equal"]) for q in map(_as_ints, found))
@@ -92,20 +117,42 @@ class MagnitudeHistogram:
         self.high = np.zeros(65536, np.uint64)
         self.low: dict[int, np.ndarray] = {}
         self.narrowed = False
+        self._bins: dict[tuple[str, int], Any] = {}  # of devices, by prefix; -1 for the first pass
 
     @property
     def size(self) -> int:
         """Elements added in the first pass."""
+        self._collect()
         return int(self.high.sum())
 
     def add(self, base: Buffer | None, x: Buffer, *, base_kind: int = records.BASE_TENSOR, threads: int = 0) -> None:
         delta = np.array([records.delta_record(base, x, base_kind)], records.DELTA)
+        if x.device:
+            self._add_on_device(x.device, delta, x.size)
+            return
         if not self.narrowed:
             backend().magnitude_histogram(delta, x.size, self.high, -1, threads)
         for prefix, bins in self.low.items():
             backend().magnitude_histogram(delta, x.size, bins, prefix, threads)
 
+    def _add_on_device(self, device: str, delta: np.ndarray, size: int) -> None:
+        """Into bins that stay there; nothing is waited for."""
+        ops = backend(device)
+        for prefix in self.low if self.narrowed else (-1,):
+            if (device, prefix) not in self._bins:
+                self._bins[device, prefix] = ops.zeros((65536 if prefix < 0 else 32768) * 8)
+            ops.add_histogram(delta, size, prefix, self._bins[device, prefix])
+
+    def _collect(self) -> None:
+        """Takes what devices have counted."""
+        for (device, prefix), held in self._bins.items():
+            bins = self.high if prefix < 0 else self.low[prefix]
+            bins += backend(device).download(held, np.uint64)
+        self._bins = {}
+
     def merge(self, other: MagnitudeHistogram) -> None:
+        self._collect()
+        other._collect()
         self.high += other.high
         for prefix, bins in other.low.items():
             self.low[prefix] = self.low.get(prefix, 0) + bins
@@ -118,6 +165,7 @@ class MagnitudeHistogram:
 
     def thresholds(self, counts: Sequence[int]) -> list[Rank]:
         """The Rank of each count, equals not told apart (last_index is that of all)."""
+        self._collect()
         return [_trivial(k, self.size) or self._rank(k) for k in counts]
 
     def _prefix(self, count: int) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def task_statistics(
     if any(m.size != size for m in models) or (base is not None and base.size != size):
         raise ValueError(f"task_statistics: expected buffers of {size} elements, got {[m.size for m in models]}")
     deltas = np.array([records.delta_record(base, m, base_kind) for m in models], records.DELTA)
-    raw = backend().task_statistics(deltas, size, threads)
+    raw = backend(models[0].device).task_statistics(deltas, size, threads)
     count = len(models)
     sums = raw["sums"]
     return TaskStatistics(
