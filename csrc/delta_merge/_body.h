@@ -1,7 +1,6 @@
 // The loop, once. A variant file defines PETA_VARIANT and includes this.
 #include "../philox.h"
-#include "../delta_load.h"
-#include "delta_merge.h"
+#include "algebra.h"
 
 namespace {
 
@@ -18,31 +17,6 @@ PF_INLINE void widen(float* out, const void* p, int32_t dtype, int64_t first, in
       const uint32_t u = uint32_t(h) << 16;
       if (dtype == kF16) out[i] = half_to_float(h);
       else memcpy(&out[i], &u, 4);
-    }
-  }
-}
-
-// |d| among the kept of an exact top-k: above the threshold, or equal to it and early enough.
-PF_INLINE vm in_top(vi a, uint32_t threshold, int64_t last_index, int64_t first) {
-  const int64_t room = last_index - first;  // lanes 0..room of this vector may take an equal
-  if (room >= W - 1) return gt(a, splat_i(int32_t(threshold) - 1));
-  const vm early = gt(splat_i(int32_t(room < 0 ? 0 : room + 1)), iota());
-  return either(gt(a, splat_i(threshold)), both(eq(a, splat_i(threshold)), early));
-}
-
-PF_INLINE vm kept(const Task& task, const View& view, vi a, int i, int64_t first) {
-  switch (task.keep) {
-    case kKeepTop:
-      return in_top(a, task.low, task.low_index, first);
-    case kKeepBand:
-      return both(in_top(a, task.low, task.low_index, first), no(in_top(a, task.high, task.high_index, first)));
-    case kKeepNone:
-      return none();
-    case kKeepRandom:  // (word >> 8) 2^-24 < p, in whole numbers
-      return gt(splat_i(view.below), (vi)(load_raw<vu>(view.words + i) >> 8));
-    default: {
-      const vf u = __builtin_convertvector((vi)(load_raw<vu>(view.words + i) >> 8), vf) * 0x1p-24f;
-      return gt(load_raw<vf>(view.probability + i), u);
     }
   }
 }
@@ -66,59 +40,11 @@ PF_INLINE vf contribution(const Task& task, const View& view, vf base, int i, in
   return e;
 }
 
-struct Sums {
-  vf total = -vf{};                        // starts at -0, the neutral element of IEEE addition
-  vf positive = -vf{}, negative = -vf{};   // sums (or extremes) of the agreeing, either way
-  vf positive_divisor = vf{}, negative_divisor = vf{};
-};
-
 PF_INLINE vf weight_of(const Task& task, const View& view, int i, vi& bad) {
   if (!view.weights) return splat(task.weight);
   const vf f = load_raw<vf>(view.weights + i);
   bad = max_i(bad, abs_bits(f));
   return splat(task.weight) * f;
-}
-
-// e: the task's contribution, w: its weight, we: their product.
-template <bool kElecting, bool kExtreme>
-PF_INLINE void accumulate(Sums& s, const Rule& rule, vf e, vf w, vf we) {
-  if (!kElecting) {
-    if (!kExtreme) {
-      s.total = s.total + we;
-    } else {
-      const vi a = abs_bits(we), best = abs_bits(s.total);
-      s.total = select(rule.aggregate == kLargestLast ? no(gt(best, a)) : gt(a, best), we, s.total);
-    }
-    return;
-  }
-  vf v = rule.elect == kElectWeighted ? we : e;
-  const vm up = gt(v, vf{}), down = gt(vf{}, v);
-  if (rule.elect == kElectCount) v = only(up, splat(1.0f)) - only(down, splat(1.0f));
-  s.total = s.total + v;
-  if (kExtreme) {
-    s.positive = select(both(up, gt(we, s.positive)), we, s.positive);
-    s.negative = select(both(down, gt(s.negative, we)), we, s.negative);
-    return;
-  }
-  s.positive = add_where(up, s.positive, we);
-  s.negative = add_where(down, s.negative, we);
-  if (rule.divide == kDivideConstant) return;
-  const vf share = rule.divide == kDivideAgreeingCount ? splat(1.0f) : w;
-  s.positive_divisor = add_where(up, s.positive_divisor, share);
-  s.negative_divisor = add_where(down, s.negative_divisor, share);
-}
-
-struct Elected {
-  vf sum, divisor;  // of the group that the sign elects; the divisor counts only where it is one of the agreeing
-};
-
-template <bool kElecting>
-PF_INLINE Elected elected(const Sums& s, const Rule& rule) {
-  if (!kElecting) return {s.total, vf{}};
-  const vm above = gt(s.total, vf{}), below = gt(vf{}, s.total);
-  const vm up = rule.zero_sign > 0 ? no(below) : above, down = rule.zero_sign < 0 ? no(above) : below;
-  return {select(up, s.positive, select(down, s.negative, -vf{})),
-          select(up, s.positive_divisor, s.negative_divisor)};
 }
 
 // The mean of the contributions that have the elected sign, by their weights, all of which are positive; -0 where
@@ -146,29 +72,6 @@ PF_INLINE vf agreeing_mean(vf total, const vf* weighted, const vf* weights) {
   return divide_where(anyone, where_clear<false>(total, sum), divisor);
 }
 
-PF_INLINE vf divided(vf sum, vf divisor, const Rule& rule) {
-  if (rule.divide != kDivideConstant) {
-    if (rule.floor > 0.0f) divisor = select(gt(splat(rule.floor), divisor), splat(rule.floor), divisor);
-    sum = divide_where(no(eq(divisor, vf{})), sum, divisor);
-  } else if (rule.divisor != 1.0f) {
-    sum = sum / rule.divisor;
-  }
-  return sum;
-}
-
-// The lower median of the T weighted contributions, by insertion into a sorted stack of vectors.
-PF_INLINE vf median(vf* sorted, int tasks) { return sorted[(tasks - 1) / 2]; }
-
-PF_INLINE void insert_sorted(vf* sorted, int have, vf v) {
-  for (int j = 0; j < have; ++j) {
-    const vm smaller = gt(sorted[j], v);
-    const vf lower = select(smaller, v, sorted[j]);
-    v = select(smaller, sorted[j], v);
-    sorted[j] = lower;
-  }
-  sorted[have] = v;
-}
-
 struct Chunk {
   const View* views;
   const void* base;
@@ -183,26 +86,6 @@ PF_INLINE vf base_value(const Chunk& c, const Rule& rule, int i) {
   if (rule.base_kind == kBaseTensor) return load(c.base, c.base_dtype, i);
   return rule.base_kind == kBaseOne ? splat(1.0f) : vf{};
 }
-
-// Rounds and stores; returns the size of what was rounded, for `first_overflow` to judge.
-PF_INLINE vi store(void* out, int32_t dtype, int i, vf x) {
-  const vf y = canonical(x);
-  if (dtype == kF32) {
-    memcpy((float*)out + i, &y, sizeof y);
-  } else {
-    const vh h = dtype == kBF16 ? narrow_32(round_to_bf16(y) >> 16) : to_f16(y);
-    memcpy((uint16_t*)out + i, &h, sizeof h);
-  }
-  return abs_bits(y);
-}
-
-// Bits of the smallest |y| that rounds to infinity.
-PF_INLINE int32_t first_overflow(int32_t dtype) {
-  return dtype == kBF16 ? 0x7f7f8000 : dtype == kF16 ? 0x477ff000 : 0x7f800000;
-}
-
-// What padding makes of itself counts for nothing: 0 in all lanes but the first `count`.
-PF_INLINE vi leading(vi v, int count) { return count >= W ? v : select(gt(splat_i(count), iota()), v, vi{}); }
 
 template <bool kElecting, bool kExtreme>
 void merge_chunk(const Chunk& c, const Piece& piece, const Task* tasks, const Rule& rule, const Scratch& scratch,
@@ -504,22 +387,10 @@ PF_INLINE int64_t sign_chunk(const Chunk& c, const Piece& piece, const Task* tas
   return total;
 }
 
-PF_INLINE const void* padded_copy(float* row, const void* from, int64_t bytes) {
-  memset(row, 0, kRow * 4);
-  memcpy(row, from, bytes);
-  return row;
-}
-
 PF_INLINE const float* widened(float* row, uint64_t p, int32_t dtype, int64_t first, int n) {
   memset(row + n / (2 * W) * (2 * W), 0, 2 * W * 4);
   widen(row, (const void*)p, dtype, first, n);
   return row;
-}
-
-// The smallest whole number m with m 2^-24 >= p; 0 for NaN.
-PF_INLINE int32_t first_at_least(float p) {
-  if (!(p > 0.0f)) return 0;
-  return p > 1.0f ? 1 << 24 : int32_t(__builtin_ceilf(p * 0x1p24f));
 }
 
 // Points every task at its elements of the chunk; what is stored in another form is staged in scratch. A chunk that
@@ -564,12 +435,6 @@ PF_INLINE Chunk open_chunk(const Piece& piece, const Task* tasks, int64_t begin,
     if (task.weights) v.weights = widened(scratch.weights + row, task.weights, task.weights_dtype, begin, n);
   }
   return c;
-}
-
-PF_INLINE bool any_from(vi sizes, int32_t least) {
-  bool any = false;
-  for (int i = 0; i < W; ++i) any |= sizes[i] >= least;
-  return any;
 }
 
 PF_INLINE double tree_sum_32(const double* lane) {

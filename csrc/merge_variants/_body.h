@@ -1,6 +1,6 @@
 // The loops, once. A variant file defines PETA_VARIANT and includes this.
+#include "../delta_merge/algebra.h"
 #include "../philox.h"
-#include "../delta_load.h"
 #include "merge_variants.h"
 
 namespace {
@@ -9,8 +9,6 @@ namespace {
 static constexpr int32_t kTameBits = (127 + 50) << 23;
 static constexpr float kTameFactor = 0x1p20f;
 static constexpr int kAhead = 2 * kChunk;  // elements
-
-PF_INLINE bool any_from(vi sizes, int32_t least) { return lanes(gt(sizes, splat_i(least - 1))) != 0; }
 
 PF_INLINE vf signed_by(vf x, vf sign) {  // x, negated where `sign` has its sign bit set
 #if defined(__AVX512F__)
@@ -43,12 +41,6 @@ struct Chunk {
 
 namespace {
 
-PF_INLINE const void* padded_copy(float* row, const void* from, int64_t bytes) {
-  memset(row, 0, kRow * 4);
-  memcpy(row, from, bytes);
-  return row;
-}
-
 PF_INLINE void widen_mask(float* out, const void* p, int32_t dtype, int64_t first, int n, int padded) {
   for (int i = n; i < padded; ++i) out[i] = 0.0f;
   if (dtype == kBits) {
@@ -58,12 +50,6 @@ PF_INLINE void widen_mask(float* out, const void* p, int32_t dtype, int64_t firs
   } else {
     for (int i = 0; i < n; ++i) out[i] = load_one((uint64_t)p, dtype, first + i);
   }
-}
-
-// The smallest whole number m with m 2^-24 >= p; 0 for NaN.
-PF_INLINE int32_t first_at_least(float p) {
-  if (!(p > 0.0f)) return 0;
-  return p > 1.0f ? 1 << 24 : int32_t(__builtin_ceilf(p * 0x1p24f));
 }
 
 PF_INLINE bool is_random(const Task& t) { return t.keep == kKeepRandom || t.keep == kKeepRandomPerElement; }
@@ -113,32 +99,6 @@ PF_INLINE void open_term(const Chunk& c, const Task* tasks, int t, const Variant
     widen_mask(mask, (const void*)task.mask, task.mask_dtype, task.mask_dtype == kBits ? c.first : c.begin, c.n,
                c.padded);
     v.mask = mask;
-  }
-}
-
-PF_INLINE vm in_top(vi a, uint32_t threshold, int64_t last_index, int64_t first) {
-  const int64_t room = last_index - first;  // lanes 0..room of this vector may take an equal
-  if (room >= W - 1) return gt(a, splat_i(int32_t(threshold) - 1));
-  const vm early = gt(splat_i(int32_t(room < 0 ? 0 : room + 1)), iota());
-  return either(gt(a, splat_i(threshold)), both(eq(a, splat_i(threshold)), early));
-}
-
-PF_INLINE vm kept(const Task& task, const TermView& v, vi a, int i, int64_t first) {
-  switch (task.keep) {
-    case kKeepAll:
-      return no(none());
-    case kKeepNone:
-      return none();
-    case kKeepTop:
-      return in_top(a, task.low, task.low_index, first);
-    case kKeepBand:
-      return both(in_top(a, task.low, task.low_index, first), no(in_top(a, task.high, task.high_index, first)));
-    case kKeepRandom:  // (word >> 8) 2^-24 < p, in whole numbers
-      return gt(splat_i(v.below), (vi)(load_raw<vu>(v.words + i) >> 8));
-    default: {
-      const vf u = __builtin_convertvector((vi)(load_raw<vu>(v.words + i) >> 8), vf) * 0x1p-24f;
-      return gt(load_raw<vf>(v.probability + i), u);
-    }
   }
 }
 
@@ -349,73 +309,21 @@ void make_pairs(const Chunk& c, const Use* uses, int num_uses, const Rule& rule,
   }
 }
 
-struct Sums {
-  vf total = -vf{}, positive = -vf{}, negative = -vf{}, positive_divisor = vf{}, negative_divisor = vf{};
-};
-
-PF_INLINE void insert_sorted(vf* sorted, int have, vf v) {
-  for (int j = 0; j < have; ++j) {
-    const vm smaller = gt(sorted[j], v);
-    const vf lower = select(smaller, v, sorted[j]);
-    v = select(smaller, sorted[j], v);
-    sorted[j] = lower;
-  }
-  sorted[have] = v;
-}
-
-// Every rule of the algebra, as delta_merge has it.
-PF_INLINE void accumulate(Sums& s, const Rule& rule, vf e, vf w, vf we) {
-  if (rule.elect == kElectNone) {
-    if (rule.aggregate == kSum) {
-      s.total = s.total + we;
-    } else {
-      const vi a = abs_bits(we), best = abs_bits(s.total);
-      s.total = select(rule.aggregate == kLargestLast ? no(gt(best, a)) : gt(a, best), we, s.total);
-    }
-    return;
-  }
-  vf v = rule.elect == kElectWeighted ? we : e;
-  const vm up = gt(v, vf{}), down = gt(vf{}, v);
-  if (rule.elect == kElectCount) v = only(up, splat(1.0f)) - only(down, splat(1.0f));
-  s.total = s.total + v;
-  if (rule.aggregate == kMax) {
-    s.positive = select(both(up, gt(we, s.positive)), we, s.positive);
-    s.negative = select(both(down, gt(s.negative, we)), we, s.negative);
-    return;
-  }
-  s.positive = add_where(up, s.positive, we);
-  s.negative = add_where(down, s.negative, we);
-  if (rule.divide == kDivideConstant) return;
-  const vf share = rule.divide == kDivideAgreeingCount ? splat(1.0f) : w;
-  s.positive_divisor = add_where(up, s.positive_divisor, share);
-  s.negative_divisor = add_where(down, s.negative_divisor, share);
-}
-
-PF_INLINE vf divided(vf sum, vf divisor, const Rule& rule) {
-  if (rule.divide == kDivideConstant) return rule.divisor != 1.0f ? sum / rule.divisor : sum;
-  if (rule.floor > 0.0f) divisor = select(gt(splat(rule.floor), divisor), splat(rule.floor), divisor);
-  return divide_where(no(eq(divisor, vf{})), sum, divisor);
-}
-
+// Every rule of the algebra.
+template <bool kElecting, bool kExtreme>
 void any_rule(const Chunk& c, const Use* uses, int num_uses, const Rule& rule, const VariantScratch& scratch) {
   vf* sorted = (vf*)scratch.sorted;
-  const bool by_median = rule.elect == kElectNone && rule.aggregate == kMedian;
+  const bool by_median = !kElecting && rule.aggregate == kMedian;
   for (int i = 0; i < c.padded; i += W) {
     Sums s;
     for (int t = 0; t < num_uses; ++t) {
       const vf e = load_raw<vf>(scratch.terms[uses[t].term].row + i), w = splat(uses[t].weight);
       if (by_median) insert_sorted(sorted, t, e * w);
-      else accumulate(s, rule, e, w, e * w);
+      else accumulate<kElecting, kExtreme>(s, rule, e, w, e * w);
     }
-    if (by_median) s.total = sorted[(num_uses - 1) / 2];
-    vf sum = s.total, divisor{};
-    if (rule.elect != kElectNone) {
-      const vm above = gt(s.total, vf{}), below = gt(vf{}, s.total);
-      const vm up = rule.zero_sign > 0 ? no(below) : above, down = rule.zero_sign < 0 ? no(above) : below;
-      sum = select(up, s.positive, select(down, s.negative, -vf{}));
-      divisor = select(up, s.positive_divisor, s.negative_divisor);
-    }
-    const vf mean = divided(sum, divisor, rule);
+    if (by_median) s.total = median(sorted, num_uses);
+    const Elected e = elected<kElecting>(s, rule);
+    const vf mean = divided(e.sum, e.divisor, rule);
     memcpy(scratch.means + i, &mean, sizeof mean);
   }
 }
@@ -472,7 +380,10 @@ Way way_of(const Variant& v, const Use* all_uses, const Rule& rule) {
     way.is_tame = way.is_tame && small(uses[t].weight);
     positive = positive && uses[t].weight > 0.0f;
   }
-  way.any = way.tame = any_rule;
+  const bool extreme = rule.aggregate == kMax || rule.aggregate == kLargestFirst || rule.aggregate == kLargestLast;
+  if (rule.elect == kElectNone) way.any = extreme ? any_rule<false, true> : any_rule<false, false>;
+  else way.any = extreme ? any_rule<true, true> : any_rule<true, false>;
+  way.tame = way.any;
   if (rule.elect == kElectNone && rule.aggregate == kSum) take_sum(way, v.uses, rule);
   if (positive && rule.elect == kElectWeighted && rule.aggregate == kSum && rule.floor == 0.0f &&
       rule.zero_sign >= 0 && rule.divide != kDivideAgreeingCount) {
@@ -509,30 +420,13 @@ void finish_tame_pairs(const Chunk& c, const Rule& rule, const VariantScratch& s
   }
 }
 
-PF_INLINE int32_t first_overflow(int32_t dtype) {  // bits of the smallest |y| that rounds to infinity
-  return dtype == kBF16 ? 0x7f7f8000 : dtype == kF16 ? 0x477ff000 : 0x7f800000;
-}
-
-PF_INLINE vi store_any(void* out, int32_t dtype, int i, vf x) {
-  const vf y = canonical(x);
-  if (dtype == kF32) {
-    memcpy((float*)out + i, &y, sizeof y);
-  } else {
-    const vh h = dtype == kBF16 ? narrow_32(round_to_bf16(y) >> 16) : to_f16(y);
-    memcpy((uint16_t*)out + i, &h, sizeof h);
-  }
-  return abs_bits(y);
-}
-
-PF_INLINE vi leading(vi v, int count) { return count >= W ? v : select(gt(splat_i(count), iota()), v, vi{}); }
-
 // Returns whether something overflowed. What padding makes of itself counts for nothing.
 PF_INLINE bool finish_any(const Chunk& c, const Variant& v, const Rule& rule, const VariantScratch& scratch,
                           void* out) {
   vi sizes{};
   if (!c.pairs) {
     for (int i = 0; i < c.padded; i += W)
-      sizes = max_i(sizes, leading(store_any(out, v.out_dtype, i, finished(c, rule, scratch, i)), c.n - i));
+      sizes = max_i(sizes, leading(store(out, v.out_dtype, i, finished(c, rule, scratch, i)), c.n - i));
     return any_from(sizes, first_overflow(v.out_dtype));
   }
   for (int i = 0; i < c.padded; i += 2 * W) {
