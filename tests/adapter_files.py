@@ -77,7 +77,8 @@ def change_config(folder: Path, **fields) -> None:
 def change_tensors(folder: Path, change) -> None:
     """change(dict of tensors) edits it in place, or returns another."""
     tensors = stored(folder)
-    tensors = change(tensors) or tensors
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
