@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="peft is not installed: pip install 'peta_fas
 
 @pytest.fixture
 def pair(tmp_path):
-    return [str(save_peft(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
+    return [save_peft(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -101,7 +101,7 @@ def test_exit_codes_and_messages(words, code, message, pair, tmp_path, capsys, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_base(tmp_path / "base")
     save_peft(tmp_path / "other", base="another")
-    paths = {"A": pair[0], "B": pair[1]}
+    paths = {"A": str(pair[0]), "B": str(pair[1])}
     got, _, err = run(capsys, *[paths.get(word, word) for word in words])
     assert got == code and message in err and not (tmp_path / "o").exists()
 
@@ -110,6 +110,6 @@ def test_applying_needs_no_torch(pair, tmp_path):
     from interpreter import run_code
 
     base = save_base(tmp_path / "base")
-    words = ["adapter", "apply", str(base), pair[0], "--out", str(tmp_path / "o"), "-q"]
+    words = ["adapter", "apply", str(base), str(pair[0]), "--out", str(tmp_path / "o"), "-q"]
     ran = run_code(f"import sys; from peta_fast.cli import main; print(main({words!r}), 'torch' in sys.modules)")
     assert ran.stdout.strip().endswith("0 False"), ran.stderr
