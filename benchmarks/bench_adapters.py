@@ -7,8 +7,8 @@ apply        base read, written and fsynced: 4 bytes a parameter in bf16, 96 flo
 
     python benchmarks/bench_adapters.py --base FOLDER --work FOLDER [--results FOLDER]
 
-References: PEFT's add_weighted_adapter of type svd and ties_svd on one Linear, in the same run; for `apply`, the fastest
-way found to read and write the base's files.
+References: PEFT's add_weighted_adapter of type svd and ties_svd on one Linear, in the same run; for `apply`, the
+fastest way found to read and write the base's files.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def ties_of_one_layer(work: Path, folders, model, side: int, rounds: int, refere
 
     def ties():
         shutil.rmtree(out, ignore_errors=True)
-        return pf.merge_adapters(folders, out, method="ties", density=DENSITY, weights=WEIGHTS, compat="peft", rank=RANK)
+        return pf.merge_adapters(
+            folders, out, method="ties", density=DENSITY, weights=WEIGHTS, compat="peft", rank=RANK
+        )
 
     ties()
     ours, report = timed(ties, rounds)
@@ -122,14 +124,26 @@ def ties_of_one_layer(work: Path, folders, model, side: int, rounds: int, refere
     theirs_error = (peft_ties(folders) - delta).norm().item()
     ours_error = (peft_ties(folders) - mine.dense()).norm().item()
     (module,) = report.modules
-    return [Row(
-        f"adapter_ties[{side}]",
-        f"three adapters of rank {RANK}, {side} x {side}, TIES at density {DENSITY} on B A, to rank {RANK}, files in and out",
-        min(ours), min(theirs), None, abs(ours_error - module.error) / module.norm, "PEFT ties_svd, in memory", "",
-        "of the norm, stated error against the dense one", goal="20 x PEFT",
-        details={"ours": best_and_median(ours), "reference": best_and_median(theirs),
-                 "error_of_ours": ours_error / module.norm, "error_of_peft": theirs_error / module.norm},
-    )]  # fmt: skip
+    return [
+        Row(
+            f"adapter_ties[{side}]",
+            f"three adapters of rank {RANK}, {side} x {side}, TIES {DENSITY} on B A, to rank {RANK}, files to files",
+            min(ours),
+            min(theirs),
+            None,
+            abs(ours_error - module.error) / module.norm,
+            "PEFT ties_svd, in memory",
+            "",
+            "of the norm, stated error against the dense one",
+            goal="20 x PEFT",
+            details={
+                "ours": best_and_median(ours),
+                "reference": best_and_median(theirs),
+                "error_of_ours": ours_error / module.norm,
+                "error_of_peft": theirs_error / module.norm,
+            },
+        )
+    ]
 
 
 def peft_ties(folders) -> torch.Tensor:
@@ -156,11 +170,20 @@ def llama_7b(work: Path, rounds: int) -> list[Row]:
     seconds, report = min(runs, key=lambda run: run[0])
     parts = parts_of_svd(folders, work / "7b-parts")
     error = check_one(folders, out, report, "model.layers.7.mlp.down_proj")
-    return [Row(
-        "adapter_svd[llama-7b]", f"three adapters of rank {RANK} on 224 modules of a Llama-7B, fp32, to rank {RANK}, files",
-        seconds, None, parts["reading"] + parts["writing"], error, "", "reading and writing the adapters",
-        "of the norm, stated error against the dense one", details={"parts": parts, "rounds": [s for s, _ in runs]},
-    )]  # fmt: skip
+    return [
+        Row(
+            "adapter_svd[llama-7b]",
+            f"three adapters of rank {RANK} on 224 modules of a Llama-7B, fp32, to rank {RANK}, files",
+            seconds,
+            None,
+            parts["reading"] + parts["writing"],
+            error,
+            "",
+            "reading and writing the adapters",
+            "of the norm, stated error against the dense one",
+            details={"parts": parts, "rounds": [s for s, _ in runs]},
+        )
+    ]
 
 
 def parts_of_svd(folders: list[Path], out: Path) -> dict[str, float]:
@@ -178,7 +201,9 @@ def parts_of_svd(folders: list[Path], out: Path) -> dict[str, float]:
     for name in group.modules:
         changes = clocked("reading", lambda name=name: group.changes(name))
         weights = [w * c.module.scaling for w, c in zip(WEIGHTS, changes, strict=True)]
-        total = clocked("putting together", lambda c=changes, w=weights: stacked([x.factors for x in c], w).to(torch.float64))
+        total = clocked(
+            "putting together", lambda c=changes, w=weights: stacked([x.factors for x in c], w).to(torch.float64)
+        )
         Q, R_B = clocked("QR", lambda t=total: torch.linalg.qr(t.B))
         P, R_A = clocked("QR", lambda t=total: torch.linalg.qr(t.A.T))
         U, S, Vh = clocked("SVD", lambda a=R_B, b=R_A: torch.linalg.svd(a @ b.T))
@@ -210,7 +235,20 @@ def apply(base: Path, work: Path, rounds: int) -> list[Row]:
     files, out = sorted(base.glob("*.safetensors")), work / "applied"
     size = sum(file.stat().st_size for file in files)
     floor = FileFloor(files, size, work / "scratch")
-    words = [sys.executable, "-m", "peta_fast", "adapter", "apply", base, *folders, "--out", out, "--weights", "0.4,0.3,0.3", "-q"]
+    words = [
+        sys.executable,
+        "-m",
+        "peta_fast",
+        "adapter",
+        "apply",
+        base,
+        *folders,
+        "--out",
+        out,
+        "--weights",
+        "0.4,0.3,0.3",
+        "-q",
+    ]
     times, inside = [], []
     for _ in range(rounds):
         floor.measure()
@@ -228,11 +266,26 @@ def apply(base: Path, work: Path, rounds: int) -> list[Row]:
     parameters = f"{size / 2e6:.3g}e6 parameters in bf16, three adapters of rank {RANK} on every matrix of the layers"
     unit = "roundings to bf16, over one tensor of every shape"
     rows = [
-        Row("adapter_apply", parameters, min(times), None, floor.seconds, error, "", "reading and writing the base", unit,
-            goal="1.5 x the floor", nbytes=2 * size,
-            details={"processes": best_and_median(times), "in_a_running_python": best_and_median(inside), **floor.details()}),
+        Row(
+            "adapter_apply",
+            parameters,
+            min(times),
+            None,
+            floor.seconds,
+            error,
+            "",
+            "reading and writing the base",
+            unit,
+            goal="1.5 x the floor",
+            nbytes=2 * size,
+            details={
+                "processes": best_and_median(times),
+                "in_a_running_python": best_and_median(inside),
+                **floor.details(),
+            },
+        ),
         Row("adapter_apply_memory", parameters, peak, unit="bytes", goal="1 GiB"),
-    ]  # fmt: skip
+    ]
     shutil.rmtree(out)
     return rows
 
@@ -260,7 +313,9 @@ def applied_error(base: Path, folders, out: Path) -> float:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="a Llama-shaped checkpoint, as make_llama_family.py makes them")
+    parser.add_argument(
+        "--base", type=Path, required=True, help="a Llama-shaped checkpoint, as make_llama_family.py makes them"
+    )
     parser.add_argument("--work", type=Path, required=True, help="takes adapters and outputs")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--parts", nargs="+", choices=("layer", "7b", "apply"), default=("layer", "7b", "apply"))

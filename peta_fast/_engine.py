@@ -35,8 +35,8 @@ from peta_fast.ops.delta_merge import (
     sign_total,
     with_majority,
 )
-from peta_fast.ops.order_statistics import MagnitudeHistogram, Rank
 from peta_fast.ops.factors import formed
+from peta_fast.ops.order_statistics import MagnitudeHistogram, Rank
 from peta_fast.ops.records import BASE_ZERO
 from peta_fast.ops.task_statistics import task_statistics
 from peta_fast.plan import merged_size

@@ -33,9 +33,21 @@ from peta_fast._recipe_spec import (
 from peta_fast._yaml_lines import MAX_BYTES, MAX_INTEGER, Faults, Located, locate_documents, locate_mapping, shown
 
 __all__ = [
-    "COMPAT_NAMES", "DTYPES", "TRIM_SCOPES", "AdapterRef", "Condition", "ModelRef", "ModuleSpec", "Recipe", "Setting", "SliceSpec",
-    "SourceSpec", "load_recipe", "load_recipes", "recipe_schema",
-]  # fmt: skip
+    "COMPAT_NAMES",
+    "DTYPES",
+    "TRIM_SCOPES",
+    "AdapterRef",
+    "Condition",
+    "ModelRef",
+    "ModuleSpec",
+    "Recipe",
+    "Setting",
+    "SliceSpec",
+    "SourceSpec",
+    "load_recipe",
+    "load_recipes",
+    "recipe_schema",
+]
 
 
 def load_recipe(source: str | os.PathLike | Mapping | Recipe, *, compat: str | None = None) -> Recipe:

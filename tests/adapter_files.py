@@ -83,7 +83,7 @@ def change_tensors(folder: Path, change) -> None:
 
 
 def exact_deltas(folder: Path) -> dict[str, Tensor]:
-    """Module -> scaling B A [out, in] in fp64, read from the files by the format's own words; (B A)^T for embeddings."""
+    """Module -> scaling B A [out, in] in fp64, read from the files by the format's words; (B A)^T for embeddings."""
     config, tensors = config_of(folder), stored(folder)
     found = {}
     for key, A in tensors.items():

@@ -91,7 +91,9 @@ def test_several_adapters_are_added_up_in_fp32_and_rounded_once(dtype, pair, tmp
 
 
 def test_a_weight_may_differ_from_layer_to_layer(base, pair, tmp_path):
-    pf.apply_adapters(base, pair, tmp_path / "out", weights=[[0.0, 1.0], [{"filter": "q_proj", "value": 2}, {"value": 1}]])
+    pf.apply_adapters(
+        base, pair, tmp_path / "out", weights=[[0.0, 1.0], [{"filter": "q_proj", "value": 2}, {"value": 1}]]
+    )
     a, b = map(exact_deltas, pair)
     exact = finetuned(base, (1, {n: d for n, d in a.items() if "layers.1" in n}), (1, b),
                       (1, {n: d for n, d in b.items() if "q_proj" in n}))  # fmt: skip
@@ -144,7 +146,10 @@ def formed_deltas(folder, state) -> dict[str, torch.Tensor]:
 
 def test_recipes_take_adapters_among_full_models_in_one_pass(base, pair, tmp_path):
     full = save_base(tmp_path / "full")
-    state = {n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for n, t in weights_of(base).items()}
+    state = {
+        n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+        for n, t in weights_of(base).items()
+    }
     from safetensors.torch import save_file
 
     save_file(state, full / "model.safetensors")
@@ -162,7 +167,9 @@ def test_recipes_take_adapters_among_full_models_in_one_pass(base, pair, tmp_pat
         torch.testing.assert_close(tensor.double(), exact[name] + 0.25 * full_delta, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("keys", [{"method": "linear", "weight": [0.25, 0.75]}, {"method": "slerp", "t": 0.3}], ids=lambda k: k["method"])
+@pytest.mark.parametrize(
+    "keys", [{"method": "linear", "weight": [0.25, 0.75]}, {"method": "slerp", "t": 0.3}], ids=lambda k: k["method"]
+)
 def test_methods_without_differences_see_whole_models(keys, base, pair, tmp_path):
     models = [f"{base}+{pair[0]}", f"{base}+{pair[1]}"]
     pf.merge(out=tmp_path / "out", models=models, **keys)
@@ -228,7 +235,9 @@ def test_an_adapter_changed_since_is_not_resumed(base, pair, tmp_path):
 
 def test_what_does_not_fit_stops_before_any_work(base, pair, tmp_path):
     change_tensors(pair[1], lambda t: {k.replace("v_proj", "v_prj"): v for k, v in t.items()})
-    with pytest.raises(CompatibilityError, match="'layers.0.v_prj.weight', which .* the nearest there is 'layers.0.v_proj.weight'"):
+    with pytest.raises(
+        CompatibilityError, match="'layers.0.v_prj.weight', which .* the nearest there is 'layers.0.v_proj.weight'"
+    ):
         pf.apply_adapters(base, pair, tmp_path / "out")
     with pytest.raises(CompatibilityError, match="is an adapter, expected a model"):
         pf.merge(out=tmp_path / "out", method="linear", models=[pair[0]], weight=1.0)
@@ -324,7 +333,9 @@ def test_the_rest_is_saved_whole_where_that_is_asked(base, tmp_path):
 
 def test_targets_of_extraction(base, pair, tmp_path):
     pf.apply_adapters(base, pair, tmp_path / "tuned")
-    report = pf.extract_adapter(tmp_path / "tuned", base, tmp_path / "out", rank=8, targets=["0.q_proj", r"layers\.1\..*"])
+    report = pf.extract_adapter(
+        tmp_path / "tuned", base, tmp_path / "out", rank=8, targets=["0.q_proj", r"layers\.1\..*"]
+    )
     assert [m.name for m in report.modules if m.rank] == ["layers.0.q_proj", "layers.1.q_proj", "layers.1.v_proj"]
     with pytest.raises(RecipeError, match="'q_porj' matches no matrix"):
         pf.extract_adapter(tmp_path / "tuned", base, tmp_path / "x", targets=["q_porj"])
@@ -345,8 +356,15 @@ def test_conv1d_layers_are_extracted_transposed(tmp_path):
     assert largest_difference(in_plain_peft(tmp_path / "out", model)(tokens() % 11), tuned(tokens() % 11)) < 1e-5
 
 
-@pytest.mark.parametrize("keys, message", [({"rank": 0}, "integer of at least 1"), ({"energy": 1.5}, "share above 0"),
-                                           ({"rest": "keep"}, "expected one of drop"), ({"dtype": "x"}, "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"rank": 0}, "integer of at least 1"),
+        ({"energy": 1.5}, "share above 0"),
+        ({"rest": "keep"}, "expected one of drop"),
+        ({"dtype": "x"}, "float32"),
+    ],
+)
 def test_settings_of_extraction_are_checked(keys, message, base, tmp_path):
     with pytest.raises(RecipeError, match=message):
         pf.extract_adapter(base, base, tmp_path / "out", **keys)
@@ -375,7 +393,12 @@ def test_a_sum_is_as_accurate_as_every_merge(base, pair, tmp_path):
     pf.apply_adapters(base, pair, tmp_path / "out", method="task_arithmetic", weights=[0.5, 2.0])
     state = weights_of(base)
     models = [{n: (state[n].double() + d.double()) for n, d in formed_deltas(f, state).items()} for f in pair]
-    exact = merge_with_terms({n: t.double() for n, t in state.items()}, models, method="task_arithmetic", weight=[0.5, 2.0],
-                             decisions=torch.float64)  # fmt: skip
+    exact = merge_with_terms(
+        {n: t.double() for n, t in state.items()},
+        models,
+        method="task_arithmetic",
+        weight=[0.5, 2.0],
+        decisions=torch.float64,
+    )
     for name, tensor in weights_of(tmp_path / "out").items():
         assert_close_to_reference(tensor, exact[name], 2)

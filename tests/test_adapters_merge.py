@@ -109,7 +109,9 @@ def in_peft(folders, kind: str, weights, **options) -> dict[str, torch.Tensor]:
     model = peft.PeftModel.from_pretrained(transformer(torch.float32), str(folders[0]), adapter_name="0")
     for place, folder in enumerate(folders[1:], 1):
         model.load_adapter(str(folder), adapter_name=str(place))
-    model.add_weighted_adapter([str(i) for i in range(len(folders))], weights, "merged", combination_type=kind, **options)
+    model.add_weighted_adapter(
+        [str(i) for i in range(len(folders))], weights, "merged", combination_type=kind, **options
+    )
     layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A") and "merged" in m.lora_A}
     return {n: m.get_delta_weight("merged").detach().double() for n, m in layers.items()}
 
@@ -119,11 +121,22 @@ PEFT_FORMS = {
     "linear": ({"method": "linear"}, "linear", {}),
     "svd": ({"method": "svd", "rank": 4}, "svd", {"svd_rank": 4}),
     "ties": ({"method": "ties", "space": "factors", "density": 0.4}, "ties", {"density": 0.4}),
-    "magnitude_prune": ({"method": "magnitude_prune", "space": "factors", "density": 0.4}, "magnitude_prune", {"density": 0.4}),
-    "ties_svd": ({"method": "ties", "compat": "peft", "density": 0.4, "rank": 12}, "ties_svd", {"density": 0.4, "svd_rank": 12}),
-    "magnitude_prune_svd": ({"method": "magnitude_prune", "compat": "peft", "density": 0.4, "rank": 12},
-                            "magnitude_prune_svd", {"density": 0.4, "svd_rank": 12}),
-}  # fmt: skip
+    "magnitude_prune": (
+        {"method": "magnitude_prune", "space": "factors", "density": 0.4},
+        "magnitude_prune",
+        {"density": 0.4},
+    ),
+    "ties_svd": (
+        {"method": "ties", "compat": "peft", "density": 0.4, "rank": 12},
+        "ties_svd",
+        {"density": 0.4, "svd_rank": 12},
+    ),
+    "magnitude_prune_svd": (
+        {"method": "magnitude_prune", "compat": "peft", "density": 0.4, "rank": 12},
+        "magnitude_prune_svd",
+        {"density": 0.4, "svd_rank": 12},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PEFT_FORMS)
@@ -211,7 +224,9 @@ def test_large_changes_are_formed_anew_for_every_reading(alike, tmp_path, monkey
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("inner", [{}, {"inner": "dare_linear", "density": 0.5}, {"density": 0.6, "lambda": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "inner", [{}, {"inner": "dare_linear", "density": 0.5}, {"density": 0.6, "lambda": 0.6}], ids=str
+)
 def test_knots_is_the_inner_method_on_the_stacked_svd(inner, three, tmp_path):
     """The representations are known up to the sign of each row, which no rule here but the zero sum sees."""
     pf.merge_adapters(three, tmp_path, method="knots", weights=WEIGHTS, seed=2, **inner)
@@ -227,7 +242,12 @@ def test_knots_is_the_inner_method_on_the_stacked_svd(inner, three, tmp_path):
         for t, part in enumerate((S[:kept, None] * Vh[:kept]).split(12, 1)):
             reps[t][name] = part.float()
     if inner.get("inner") == "dare_linear":  # its draws are by row, whose order and sign are those of the SVD
-        ours = {m.name: m for m in pf.merge_adapters(three, tmp_path / "again", method="knots", weights=WEIGHTS, seed=2, **inner).modules}
+        ours = {
+            m.name: m
+            for m in pf.merge_adapters(
+                three, tmp_path / "again", method="knots", weights=WEIGHTS, seed=2, **inner
+            ).modules
+        }
         assert set(ours) == set(names) and exact_deltas(tmp_path / "again")[names[0]].equal(found[names[0]])
         return
     keys = {"density": inner.get("density", 0.2), "scaling": inner.get("lambda", 1.0)}
@@ -270,7 +290,9 @@ def test_weights_may_differ_from_layer_to_layer(alike, tmp_path):
     found, deltas = exact_deltas(tmp_path / "out"), [exact_deltas(f) for f in alike]
     for name in found:
         weights = [0.2 if "layers.0" in name else 0.8, 2 if "q_proj" in name else -1, 1]
-        torch.testing.assert_close(found[name], sum(w * d[name] for w, d in zip(weights, deltas, strict=True)), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            found[name], sum(w * d[name] for w, d in zip(weights, deltas, strict=True)), rtol=0, atol=2e-6
+        )
 
 
 def test_a_recipe_file_says_the_same(alike, tmp_path):
@@ -308,7 +330,10 @@ def test_what_several_replace_differently_is_refused_unless_said_how(tmp_path):
 def test_embeddings_are_merged_in_their_own_layout(tmp_path):
     folders = [save_peft(tmp_path / str(s), seed=s, target_modules=["embed", "q_proj"]) for s in (1, 2)]
     for folder in folders:
-        change_tensors(folder, lambda t: {k: v for k, v in t.items() if "embed.base_layer" not in k and not k.endswith("embed.weight")})
+        change_tensors(
+            folder,
+            lambda t: {k: v for k, v in t.items() if "embed.base_layer" not in k and not k.endswith("embed.weight")},
+        )
     pf.merge_adapters(folders, tmp_path / "out", method="cat", weights=[0.5, 2.0])
     found, exact = exact_deltas(tmp_path / "out"), weighted_sum(folders, [0.5, 2.0])
     assert found["embed"].shape == (20, 12)
@@ -367,7 +392,9 @@ def test_any_element_wise_method_merges_steps(tmp_path):
     merged = pf.task_vector(pf.load_adapter(transformer(torch.float32), tmp_path / "out"))
     for name, step in merged.items():
         zeros = {name: torch.zeros_like(step)}
-        exact = merge_with_terms(zeros, [{name: s[name].detach()} for s in steps], method="ties", density=0.5, weight=1.0)
+        exact = merge_with_terms(
+            zeros, [{name: s[name].detach()} for s in steps], method="ties", density=0.5, weight=1.0
+        )
         torch.testing.assert_close(step.double(), exact[name].value, rtol=0, atol=1e-6)
 
 
@@ -388,7 +415,11 @@ def test_an_export_is_plain_and_the_same_function(init, tmp_path):
     for part in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "a" / part).unlink()
     report = pf.export_adapter(tmp_path / "a", tmp_path / "out", base="small-base")
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert largest_difference(in_plain_peft(tmp_path / "out")(tokens()), model(tokens())) < 2e-6
     assert report.relative_error < 1e-6 and {m.rank for m in report.modules} == {3 if init == "lora" else 6}
     assert config_of(tmp_path / "out")["base_model_name_or_path"] == "small-base"

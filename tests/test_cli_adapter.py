@@ -28,7 +28,9 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 
 def test_merge_reports_what_was_kept(pair, tmp_path, capsys):
-    code, out, _ = run(capsys, "merge", *pair, "--method", "svd", "--rank", "4", "--weights", "0.4,0.3", "--out", tmp_path / "o")
+    code, out, _ = run(
+        capsys, "merge", *pair, "--method", "svd", "--rank", "4", "--weights", "0.4,0.3", "--out", tmp_path / "o"
+    )
     assert code == 0 and "energy kept" in out and "svd: 4 modules into" in out
     total = {n: 0.4 * d + 0.3 * exact_deltas(pair[1])[n] for n, d in exact_deltas(pair[0]).items()}
     for name, delta in exact_deltas(tmp_path / "o").items():
@@ -46,7 +48,9 @@ def test_merge_in_json_with_settings_of_the_method(pair, tmp_path, capsys):
 
 
 def test_merge_takes_a_recipe(pair, tmp_path, capsys):
-    (tmp_path / "r.yml").write_text(f"method: cat\nadapters:\n  - adapter: {pair[0]}\n    parameters: {{weight: [0, 1]}}\n  - {pair[1]}\n")
+    (tmp_path / "r.yml").write_text(
+        f"method: cat\nadapters:\n  - adapter: {pair[0]}\n    parameters: {{weight: [0, 1]}}\n  - {pair[1]}\n"
+    )
     assert run(capsys, "merge", tmp_path / "r.yml", "--out", tmp_path / "o")[0] == 0
     assert config_of(tmp_path / "o")["r"] == 6
 
@@ -60,11 +64,17 @@ def test_apply_writes_a_model_or_its_plan(pair, tmp_path, capsys):
     base = save_base(tmp_path / "base")
     code, out, _ = run(capsys, "apply", base, *pair, "--out", tmp_path / "o", "--weights", "1,0.5", "--dry-run")
     assert code == 0 and not (tmp_path / "o").exists() and "layers.0.q_proj.weight" in out
-    code, out, _ = run(capsys, "apply", base, *pair, "--out", tmp_path / "o", "--weights", "1,0.5", "-q", "--dtype", "bfloat16")
+    code, out, _ = run(
+        capsys, "apply", base, *pair, "--out", tmp_path / "o", "--weights", "1,0.5", "-q", "--dtype", "bfloat16"
+    )
     assert code == 0 and "merged 19 tensors into" in out
     found = load_file(tmp_path / "o" / "model.safetensors")
     name = "layers.0.q_proj"
-    exact = transformer(torch.float32).state_dict()[f"{name}.weight"].double() + exact_deltas(pair[0])[name] + 0.5 * exact_deltas(pair[1])[name]
+    exact = (
+        transformer(torch.float32).state_dict()[f"{name}.weight"].double()
+        + exact_deltas(pair[0])[name]
+        + 0.5 * exact_deltas(pair[1])[name]
+    )
     assert found[f"{name}.weight"].dtype == torch.bfloat16
     assert (found[f"{name}.weight"].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
@@ -72,7 +82,9 @@ def test_apply_writes_a_model_or_its_plan(pair, tmp_path, capsys):
 def test_extract_and_export(pair, tmp_path, capsys):
     base = save_base(tmp_path / "base")
     pf.apply_adapters(base, pair[:1], tmp_path / "tuned")
-    code, out, _ = run(capsys, "extract", tmp_path / "tuned", base, "--rank", "3", "--targets", "q_proj", "--out", tmp_path / "o")
+    code, out, _ = run(
+        capsys, "extract", tmp_path / "tuned", base, "--rank", "3", "--targets", "q_proj", "--out", tmp_path / "o"
+    )
     assert code == 0 and "extract: " in out and config_of(tmp_path / "o")["target_modules"] == ["q_proj"]
     model = linearized("gaussian", torch.float32)
     pf.save_adapter(model, tmp_path / "lin")

@@ -65,13 +65,17 @@ def test_a_change_is_told_from_a_tensor():
 def test_factors_that_make_no_tensor_are_refused(bad):
     left, right = factors_of(3, 4, 2)
     origin = buffer_of(np.zeros(11 if bad == "origin" else 12, np.float32), "F32")
-    left = {"dtype": left.astype(np.float64), "rank": left[:, :1].copy(), "order": np.asfortranarray(left)}.get(bad, left)
+    left = {"dtype": left.astype(np.float64), "rank": left[:, :1].copy(), "order": np.asfortranarray(left)}.get(
+        bad, left
+    )
     with pytest.raises(ValueError, match="do not make the tensor"):
         FactorsBuffer.of(left, right, origin)
 
 
 @pytest.mark.skipif(NATIVE is None, reason="the native module is not built")
-@pytest.mark.parametrize("field, value", [("rank", 0), ("columns", 0), ("first", -1), ("left", 0), ("right", 0), ("origin_dtype", 3)])
+@pytest.mark.parametrize(
+    "field, value", [("rank", 0), ("columns", 0), ("first", -1), ("left", 0), ("right", 0), ("origin_dtype", 3)]
+)
 def test_a_damaged_record_is_refused(field, value):
     buffer = FactorsBuffer.of(*factors_of(3, 4, 2))
     buffer.record[field] = value
@@ -81,12 +85,14 @@ def test_a_damaged_record_is_refused(field, value):
 
 RULES = {
     "sum": lambda keep: DeltaMerge((Term(0.5), Term(-0.25), Term(2.0)), divide=3.0, scaling=0.7),
-    "ties": lambda keep: DeltaMerge(tuple(Term(w, keep) for w in (0.5, 1.0, 0.25)), elect="weighted", divide="agreeing-weight"),
+    "ties": lambda keep: DeltaMerge(
+        tuple(Term(w, keep) for w in (0.5, 1.0, 0.25)), elect="weighted", divide="agreeing-weight"
+    ),
     "l1": lambda keep: DeltaMerge(tuple(Term(w, Random(0.4), "l1") for w in (0.5, 1.0, 0.25))),
     "ranked": lambda keep: DeltaMerge(tuple(Term(w, RankedRandom(0.2, 0.6), "1/p") for w in (0.5, 1.0, 0.25))),
     "band": lambda keep: DeltaMerge(tuple(Term(w, Band(50, 3000)) for w in (0.5, 1.0, 0.25))),
     "median": lambda keep: DeltaMerge((Term(1.0),) * 3, aggregate="median"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -101,7 +107,7 @@ def test_a_merge_of_factors_is_that_of_the_tensors_they_form(rule, base_kind, ou
     other = buffer_of(store(np.random.default_rng(8).standard_normal(shape), "F16"), "F16")
     low = [FactorsBuffer.of(*factors_of(*shape, rank, rank), origin=other if rank == 5 else None) for rank in (3, 5, 4)]
     dense = []
-    for rank, buffer in zip((3, 5, 4), low, strict=True):
+    for rank in (3, 5, 4):
         full = product(*factors_of(*shape, rank, rank))
         dense.append(widen(contents(other), "F16") + full if rank == 5 else full)
     results = {}

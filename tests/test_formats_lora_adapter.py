@@ -44,10 +44,17 @@ def test_factors_and_scalings_are_those_of_the_files(fields, tmp_path):
     for name, module in adapter.modules.items():
         A, B = adapter.factors(module)
         assert A.dtype == ("float64" if fields.get("dtype") == torch.float64 else "float32")
-        torch.testing.assert_close(module.scaling * torch.from_numpy(B).double() @ torch.from_numpy(A).double(), exact[name])
+        torch.testing.assert_close(
+            module.scaling * torch.from_numpy(B).double() @ torch.from_numpy(A).double(), exact[name]
+        )
     if "rank_pattern" in fields:
         found = {n: (m.rank, m.alpha) for n, m in adapter.modules.items()}
-        assert found == {"layers.0.q_proj": (5, 6), "layers.0.v_proj": (2, 11), "layers.1.q_proj": (3, 4), "layers.1.v_proj": (2, 11)}
+        assert found == {
+            "layers.0.q_proj": (5, 6),
+            "layers.0.v_proj": (2, 11),
+            "layers.1.q_proj": (3, 4),
+            "layers.1.v_proj": (2, 11),
+        }
         assert adapter.modules["layers.0.q_proj"].scaling == 6 / 5
     if fields.get("use_rslora"):
         assert adapter.modules["layers.0.q_proj"].scaling == 5 / math.sqrt(3)
@@ -65,7 +72,10 @@ def test_names_of_adapters_and_wrappers_drop_out_of_keys(tmp_path):
     before = open_adapter(folder)
 
     def rename(tensors):
-        renamed = {k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t for k, t in tensors.items()}
+        renamed = {
+            k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t
+            for k, t in tensors.items()
+        }
         return {k.replace("classifier.", "classifier.modules_to_save.default.").removeprefix("base_model.model."): t
                 for k, t in renamed.items()}  # fmt: skip
 
@@ -119,15 +129,25 @@ def test_keys_of_variants_are_refused_whatever_the_config_says(key, named, tmp_p
 
 
 DAMAGED = {
-    "a factor is missing": (lambda t: t.pop(f"{Q}.lora_B.weight"), "'layers.0.q_proj' has lora_A, expected lora_A and lora_B"),
+    "a factor is missing": (
+        lambda t: t.pop(f"{Q}.lora_B.weight"),
+        "'layers.0.q_proj' has lora_A, expected lora_A and lora_B",
+    ),
     "ranks differ": (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(12, 2)}), "expected one rank of at least 1"),
-    "rank 0": (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(0, 12), f"{Q}.lora_B.weight": torch.zeros(12, 0)}),
-               "expected one rank of at least 1"),
+    "rank 0": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(0, 12), f"{Q}.lora_B.weight": torch.zeros(12, 0)}),
+        "expected one rank of at least 1",
+    ),
     "no matrix": (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3)}), r"expected \[r, in\], \[out, r\]"),
-    "two adapters": (lambda t: {k.replace("lora_A.", f"lora_A.{'x' if '0.q' in k else 'y'}."): v for k, v in t.items()},
-                     "holds several adapters: x, y"),
-    "nothing": (lambda t: {"base_model.model.classifier.bias": torch.zeros(3)}, "expected the factors of a LoRA adapter, found none"),
-}  # fmt: skip
+    "two adapters": (
+        lambda t: {k.replace("lora_A.", f"lora_A.{'x' if '0.q' in k else 'y'}."): v for k, v in t.items()},
+        "holds several adapters: x, y",
+    ),
+    "nothing": (
+        lambda t: {"base_model.model.classifier.bias": torch.zeros(3)},
+        "expected the factors of a LoRA adapter, found none",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -241,7 +261,9 @@ def test_a_key_that_matches_nothing_stops_the_run_with_the_nearest_name(tmp_path
 
 
 def test_a_whole_tensor_that_matches_nothing_stops_the_run_too(tmp_path):
-    with pytest.raises(CompatibilityError, match="'clasifier.bias', which .* lacks; the nearest there is 'classifier.bias'"):
+    with pytest.raises(
+        CompatibilityError, match="'clasifier.bias', which .* lacks; the nearest there is 'classifier.bias'"
+    ):
         adapted(tmp_path, renamed("classifier", "clasifier"), modules_to_save=["classifier"])
 
 

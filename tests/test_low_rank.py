@@ -181,7 +181,10 @@ def test_a_sketch_of_a_low_rank_matrix_is_exact_to_rounding():
 
 def test_a_sketch_depends_on_tiles_and_seed_in_rounding_alone():
     matrix = stacked(changes((150, 130), [9])).dense()
-    a, b, c = (refactored(t, 4, seed=s).change for t, s in ((DenseTiles(matrix), 0), (CountedTiles(matrix), 0), (DenseTiles(matrix), 1)))
+    a, b, c = (
+        refactored(t, 4, seed=s).change
+        for t, s in ((DenseTiles(matrix), 0), (CountedTiles(matrix), 0), (DenseTiles(matrix), 1))
+    )
     assert distance(a, b) < 1e-5 * norm_of(a) and distance(a, c) < 1e-2 * norm_of(a)
 
 
