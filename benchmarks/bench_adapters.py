@@ -37,6 +37,7 @@ from peta_fast.ops.low_rank import LowRank, distance, stacked, truncated
 WEIGHTS = [0.4, 0.3, 0.3]
 RANK = 16
 DENSITY = 0.2
+PARTS = ("layer", "apply", "7b")
 
 
 def timed(work, rounds: int) -> tuple[list[float], object]:
@@ -318,22 +319,22 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--work", type=Path, required=True, help="takes adapters and outputs")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--parts", nargs="+", choices=("layer", "7b", "apply"), default=("layer", "7b", "apply"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if "layer" in given.parts:
-        rows += one_layer(given.work, 4096, 4 * given.rounds, 2)
-    if "7b" in given.parts:
-        rows += llama_7b(given.work, min(given.rounds, 3))
-    if "apply" in given.parts:
-        rows += apply(given.base, given.work, given.rounds)
-    name = "adapters" if len(given.parts) == 3 else f"adapters_{'_'.join(given.parts)}"
-    write_json(rows, given.results / f"{name}.json")
-    text = markdown([row.to_json() for row in rows])
-    (given.results / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    parts = {
+        "layer": lambda: one_layer(given.work, 4096, 4 * given.rounds, 1),
+        "apply": lambda: apply(given.base, given.work, given.rounds),
+        "7b": lambda: llama_7b(given.work, min(given.rounds, 3)),
+    }
+    rows: list[Row] = []
+    name = "adapters" if len(given.parts) == len(parts) else f"adapters_{'_'.join(given.parts)}"
+    for part in given.parts:
+        rows += parts[part]()
+        write_json(rows, given.results / f"{name}.json")
+        (given.results / f"{name}.md").write_text(markdown([row.to_json() for row in rows]), encoding="utf-8")
+    print((given.results / f"{name}.md").read_text(encoding="utf-8"))
     return 0
 
 
