@@ -292,7 +292,7 @@ def apply(base: Path, work: Path, rounds: int) -> list[Row]:
 
 
 def applied_error(base: Path, folders, out: Path) -> float:
-    """The largest |out - exact| / (2^-8 * 2^ceil(log2 |exact|)) over tensors of every shape; one rounding gives 0.5."""
+    """The largest |out - exact| / (2^-7 max(|exact|, |base|)) over tensors of every shape; one rounding gives 0.5."""
     from safetensors import safe_open
 
     group = AdapterSet(open_adapters([str(f) for f in folders]))
@@ -307,7 +307,7 @@ def applied_error(base: Path, folders, out: Path) -> float:
         exact = tensors[0].double()
         for w, c in zip(WEIGHTS, group.changes(name), strict=True):
             exact += w * c.module.scaling * c.factors.B.double() @ c.factors.A.double()
-        step = 2.0 ** (torch.frexp(exact).exponent.double() - 8)
+        step = 2.0**-7 * torch.maximum(exact.abs(), tensors[0].double().abs()).clamp(min=1e-30)
         worst = max(worst, ((tensors[1].double() - exact).abs() / step).max().item())
     return worst
 
