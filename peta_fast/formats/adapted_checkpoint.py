@@ -20,13 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from peta_fast.buffers import MERGEABLE, Buffer, FactorsBuffer
-from peta_fast.errors import CompatibilityError, PetaFastError
+from peta_fast.errors import CompatibilityError
 from peta_fast.formats.checkpoint import Checkpoint
 from peta_fast.formats.lora_adapter import LoraAdapter, LoraModule
 from peta_fast.formats.tensor_index import TensorInfo
-
-AHEAD = 16
-"""Tensors whose factors are stacked before they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,6 @@ class AdaptedCheckpoint:
         self.config = self._untied_config()
         self._formed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
-        self._order = [name for name in self.tensors if name in self.changed]
-        self._places = {name: place for place, name in enumerate(self._order)}
-        self._walker: threading.Thread | None = None
 
     # What the adapters change
 
@@ -202,25 +196,7 @@ class AdaptedCheckpoint:
         with self._lock:
             if name not in self._formed:
                 self._formed[name] = self._stacked(name)
-            found = self._formed[name]
-        self._walk_ahead(self._places[name])
-        return found
-
-    def _walk_ahead(self, place: int) -> None:
-        """Stacks the factors of the tensors that follow in the file, while this one is merged."""
-        if self._walker is None or not self._walker.is_alive():
-            names = self._order[place + 1 : place + 1 + AHEAD]
-            self._walker = threading.Thread(target=self._stack, args=(names,), name="peta_fast factors", daemon=True)
-            self._walker.start()
-
-    def _stack(self, names: Sequence[str]) -> None:
-        try:
-            for name in names:
-                with self._lock:
-                    if name not in self._formed:
-                        self._formed[name] = self._stacked(name)
-        except PetaFastError:
-            pass  # whoever needs the tensor meets the fault again, and says it
+            return self._formed[name]
 
     def _stacked(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         changes = self.changed[name]
