@@ -109,7 +109,8 @@ def other_commands(tmp_path, monkeypatch):
 def test_a_file_is_a_command_and_a_folder_a_group(other_commands, run):
     assert re.search(r"^  weights-of  What is done with adapters\.$", run("--help")[1], re.M)
     assert re.search(r"^  re-scale  Scale it\.$", run("weights-of", "--help")[1], re.M)
-    assert run("weights-of", "re-scale", "2", "--no-loud", "--name", "x", "--name=y") == (7, "2.0 ['x', 'y'] False\n", "")
+    words = ("re-scale", "2", "--no-loud", "--name", "x", "--name=y")
+    assert run("weights-of", *words) == (7, "2.0 ['x', 'y'] False\n", "")
     assert run("weights-of", "re-scale", "-l", "0.5") == (7, "0.5 None True\n", "")
     code, _, err = run("weights-of", "rescale")
     assert code == 2 and "Did you mean 're-scale'?" in err
