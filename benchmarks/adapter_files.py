@@ -39,9 +39,20 @@ def make_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int,
         tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=draw) * 0.02
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": 2 * rank, "bias": "none",
-        "target_modules": list(PROJECTIONS), "task_type": "CAUSAL_LM", "use_rslora": False, "fan_in_fan_out": False,
-        "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "modules_to_save": None, "lora_dropout": 0.0,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "bias": "none",
+        "target_modules": list(PROJECTIONS),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "lora_dropout": 0.0,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

@@ -77,12 +77,13 @@ def change_config(folder: Path, **fields) -> None:
 def change_tensors(folder: Path, change) -> None:
     """change(dict of tensors) edits it in place, or returns another."""
     tensors = stored(folder)
-    tensors = change(tensors) or tensors
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def exact_deltas(folder: Path) -> dict[str, Tensor]:
-    """Module -> scaling B A [out, in] in fp64, read from the files by the format's own words; (B A)^T for embeddings."""
+    """Module -> scaling B A [out, in] in fp64, read from the files by the format's words; (B A)^T for embeddings."""
     config, tensors = config_of(folder), stored(folder)
     found = {}
     for key, A in tensors.items():

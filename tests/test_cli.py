@@ -66,8 +66,8 @@ def test_the_help_of_merge_says_which_flags_are_ignored(run):
     ("words", "said"),
     [
         (["mrege"], "Did you mean 'merge'?"),
-        (["xyzzy"], "expected a command (bench, "),
-        (["--xyzzy"], "expected a command (bench, "),
+        (["xyzzy"], "expected a command (adapter, bench, "),
+        (["--xyzzy"], "expected a command (adapter, bench, "),
         (["merge", "recipe.yml"], "the following arguments are required: OUT"),
         (["merge", "recipe.yml", "out", "more"], "expected no more words, got 'more'"),
         (["merge", "recipe.yml", "out", "--forse"], "has no option --forse\nDid you mean --force?"),
@@ -88,9 +88,9 @@ def test_words_that_do_not_fit_are_refused(words, said, run):
 @pytest.fixture
 def other_commands(tmp_path, monkeypatch):
     """A folder of commands beside the real one, with a group in it."""
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "__init__.py").write_text('"""What is done with adapters."""')
-    (tmp_path / "adapter" / "re_scale.py").write_text(
+    (tmp_path / "weights_of").mkdir()
+    (tmp_path / "weights_of" / "__init__.py").write_text('"""What is done with adapters."""')
+    (tmp_path / "weights_of" / "re_scale.py").write_text(
         "from typing import Annotated\n"
         "from peta_fast.cli._parser import Argument, Option\n"
         "def re_scale(by: Annotated[float, Argument('BY', 'factor')],\n"
@@ -103,16 +103,17 @@ def other_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "FOLDER", str(tmp_path))
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     yield
-    for name in [n for n in sys.modules if n.startswith("peta_fast.cli.adapter")]:
+    for name in [n for n in sys.modules if n.startswith("peta_fast.cli.weights_of")]:
         del sys.modules[name]
 
 
 def test_a_file_is_a_command_and_a_folder_a_group(other_commands, run):
-    assert re.search(r"^  adapter  What is done with adapters\.$", run("--help")[1], re.M)
-    assert re.search(r"^  re-scale  Scale it\.$", run("adapter", "--help")[1], re.M)
-    assert run("adapter", "re-scale", "2", "--no-loud", "--name", "x", "--name=y") == (7, "2.0 ['x', 'y'] False\n", "")
-    assert run("adapter", "re-scale", "-l", "0.5") == (7, "0.5 None True\n", "")
-    code, _, err = run("adapter", "rescale")
+    assert re.search(r"^  weights-of  What is done with adapters\.$", run("--help")[1], re.M)
+    assert re.search(r"^  re-scale  Scale it\.$", run("weights-of", "--help")[1], re.M)
+    words = ("re-scale", "2", "--no-loud", "--name", "x", "--name=y")
+    assert run("weights-of", *words) == (7, "2.0 ['x', 'y'] False\n", "")
+    assert run("weights-of", "re-scale", "-l", "0.5") == (7, "0.5 None True\n", "")
+    code, _, err = run("weights-of", "rescale")
     assert code == 2 and "Did you mean 're-scale'?" in err
 
 

@@ -165,7 +165,9 @@ def test_references_are_taken_apart_and_put_together(text, parts):
 @pytest.mark.parametrize("text", ["a+b@c@d", "a@b@c", "a@", "+b", "@b", "a+", "a +b", "a+b*x", "a+b*inf"])
 def test_references_that_make_no_sense_are_refused(text):
     (fault,) = faults(TIES.replace("model: a\n", f"model: '{text}'\n"))
-    assert fault.startswith(f"recipe:4: 'model' is '{text}', expected model[@revision][+adapter[@revision][*weight]]..., got ")
+    assert fault.startswith(
+        f"recipe:4: 'model' is '{text}', expected model[@revision][+adapter[@revision][*weight]]..., got "
+    )
 
 
 def models_of(recipe, piece=0):

@@ -83,8 +83,12 @@ def apply_recipe(
     for model, weight in zip(models, weights, strict=True):
         model["parameters"] = {"weight": weight}
     return {
-        "method": method or "task_arithmetic", "base_model": str(base), "models": models, "parameters": parameters, **top
-    }  # fmt: skip
+        "method": method or "task_arithmetic",
+        "base_model": str(base),
+        "models": models,
+        "parameters": parameters,
+        **top,
+    }
 
 
 TOP_KEYS = ("dtype", "out_dtype", "seed", "trim_scope", "tokenizer_source", "chat_template", "name")

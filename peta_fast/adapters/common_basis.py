@@ -47,9 +47,16 @@ def merge_in_common_basis(merger: Merger) -> Iterator[tuple[str, LowRank, float,
         zeros = {name: torch.zeros_like(rep) for name, rep in reps[0].items()}
         keys = {key: list(v) if isinstance(v, tuple) else v for key, v in next(iter(settings.values())).items()}
         merged = merge_state_dicts(
-            zeros, reps, method=recipe.method, compat=recipe.compat, seed=recipe.seed, threads=merger.threads, weight=1.0,
-            trim_scope=recipe.trim_scope, **keys,
-        )  # fmt: skip
+            zeros,
+            reps,
+            method=recipe.method,
+            compat=recipe.compat,
+            seed=recipe.seed,
+            threads=merger.threads,
+            weight=1.0,
+            trim_scope=recipe.trim_scope,
+            **keys,
+        )
     for name, basis in bases.items():
         with merger.clock("merging"):
             exact = basis.change(merged[name])

@@ -1,7 +1,7 @@
 """Entry by entry over changes of low rank: the methods of the methods folder, run by the fused kernel without a base.
 
-A change is formed tile by tile inside the kernel; what comes out is kept where it is small, else made anew whenever it is
-read.
+A change is formed tile by tile inside the kernel; what comes out is kept where it is small, else made anew whenever
+it is read.
 """
 
 from __future__ import annotations
@@ -41,11 +41,19 @@ class MergedTiles:
         step = max(1, TILE // columns)
         for row in range(0, rows, step):
             stop = min(row + step, rows)
-            yield row, torch.from_numpy(_formed(self.prepared, row * columns, stop * columns, self.threads)).view(-1, columns)
+            yield (
+                row,
+                torch.from_numpy(_formed(self.prepared, row * columns, stop * columns, self.threads)).view(-1, columns),
+            )
 
 
 def merged_changes(
-    recipe: Recipe, values: Mapping[str, Any], name: str, terms: Mapping[int, LowRank], threads: int, kept: int = KEPT_BYTES
+    recipe: Recipe,
+    values: Mapping[str, Any],
+    name: str,
+    terms: Mapping[int, LowRank],
+    threads: int,
+    kept: int = KEPT_BYTES,
 ) -> Tiles:
     """The method over the entries of B A. terms: by the adapter's place, without weights."""
     shape = next(iter(terms.values())).shape
@@ -88,9 +96,10 @@ def _prepared(recipe: Recipe, values, name: str, shape, buffers: Mapping[int, Bu
     spec = module.lower(params, TensorSpec(name, shape, len(buffers), recipe.compat, "tensor", size))
     if spec.scope != "tensor" or spec.needs_model_signs:
         raise RecipeError(
-            recipe.method, f"compat {recipe.compat!r} looks at the whole model, which adapters in this space do not have",
+            recipe.method,
+            f"compat {recipe.compat!r} looks at the whole model, which adapters in this space do not have",
             "Use compat: native or peft; or the method knots.",
-        )  # fmt: skip
+        )
     inputs = Inputs(name, tuple(shape), None, tuple(buffers.values()))
     return prepare([(replace(spec, base="zero"), inputs)], seed=recipe.seed, threads=threads)[0]
 

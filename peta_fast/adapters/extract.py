@@ -62,8 +62,8 @@ def extract_adapter(
 
     rank     of every module, at most
     energy   keep the fewest ranks that hold this share of the squared norm of a change, from 0 to 1
-    targets  tails of module names (q_proj, self_attn.q_proj) or regular expressions that match whole names; all matrices
-             of the layers when not given
+    targets  tails of module names (q_proj, self_attn.q_proj) or regular expressions that match whole names; all
+             matrices of the layers when not given
     rest     what becomes of changes outside: "drop" and report, "save" whole (modules_to_save, biases), or "refuse"
     max_memory  a change is kept in memory where a third of this holds it, else read again for every pass
 
@@ -84,7 +84,9 @@ def extract_adapter(
         try:
             found = refactored(pairs.tiles(name, kept), rank, seed=seed, dtype=DTYPES[dtype], energy=energy)
         except ValueError as error:
-            raise CheckpointError(f"{tuned.path} and {start.path}", f"{name!r}: {error}", "Mend that checkpoint.") from error
+            raise CheckpointError(
+                f"{tuned.path} and {start.path}", f"{name!r}: {error}", "Mend that checkpoint."
+            ) from error
         change = LowRank(found.change.A.T.contiguous(), found.change.B.T.contiguous()) if conv1d else found.change
         shape = start.tensors[name].shape
         channels, tail = (change.A.shape[1] // math.prod(shape[2:]), shape[2:]) if len(shape) > 2 else (0, ())
@@ -93,7 +95,9 @@ def extract_adapter(
         for checkpoint in (tuned, start):
             checkpoint.release(name)
     if not modules:
-        raise CompatibilityError(str(tuned.path), f"changes none of the chosen modules of {start.path}", "Choose others.")
+        raise CompatibilityError(
+            str(tuned.path), f"changes none of the chosen modules of {start.path}", "Choose others."
+        )
     left = [name for name in start.tensors if name not in chosen and pairs.differ(name)]
     replaced, fields = _rest(rest, left, pairs, set(modules))
     reports += [ModuleReport(name, 0, norm, norm) for name, norm in ((n, pairs.norm(n)) for n in left) if not replaced]
@@ -209,7 +213,9 @@ def _matches(target: str, module: str) -> bool:
         return False
 
 
-def _rest(policy: str, left: Sequence[str], pairs: _Pairs, adapted: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _rest(
+    policy: str, left: Sequence[str], pairs: _Pairs, adapted: set[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(whole tensors by key, fields of the config) for what changed outside the chosen modules."""
     fields: dict[str, Any] = {"bias": "none", "modules_to_save": None}
     if not left or policy == "drop":

@@ -51,10 +51,15 @@ class AdapterSet:
         first = next(iter(found))
         for place, module in found.items():
             mine, theirs = found[first], module
-            if (mine.shape, mine.stored[0][1:], mine.embedding) != (theirs.shape, theirs.stored[0][1:], theirs.embedding):
+            if (mine.shape, mine.stored[0][1:], mine.embedding) != (
+                theirs.shape,
+                theirs.stored[0][1:],
+                theirs.embedding,
+            ):
                 raise CompatibilityError(
                     str(self.adapters[place]),
-                    f"changes {name!r} as one of {list(theirs.shape)}, {self.adapters[first]} as one of {list(mine.shape)}",
+                    f"changes {name!r} as one of {list(theirs.shape)}, "
+                    f"{self.adapters[first]} as one of {list(mine.shape)}",
                     "They belong to different base models.",
                 )
 

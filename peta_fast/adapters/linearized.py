@@ -37,7 +37,7 @@ from peta_fast.ops.low_rank import LowRank, distance, norm_of, stacked
 
 
 def merge_linearized(settings: Settings, out: Path, *, base: str | None, threads: int, force: bool) -> AdapterReport:
-    """Raises CheckpointError where an adapter has no linearization, CompatibilityError where points or scopes differ."""
+    """Raises CheckpointError where there is no linearization, CompatibilityError where points or scopes differ."""
     from peta_fast.adapters.merge import SUM, Clock, merged_config, sum_weights
 
     clock = Clock()
@@ -62,7 +62,9 @@ def merge_linearized(settings: Settings, out: Path, *, base: str | None, threads
     with clock("writing"):
         config = merged_config(group, kept) | rank_fields(plain_ranks(modules))
         write_adapter(out, Linearization(modules, scope), config, {k.removeprefix(PREFIX): t for k, t in kept.items()})
-        card = adapter_card(group.base, list(settings.adapters), f"{settings.method} in phi space", settings.recipe.text)
+        card = adapter_card(
+            group.base, list(settings.adapters), f"{settings.method} in phi space", settings.recipe.text
+        )
         write_whole(out / CARD, card.encode())
     notes = [] if is_sum else [f"{settings.method} over the steps is no sum: the error is its distance from {SUM}"]
     return AdapterReport(out, settings.method, SUM, reports, sorted(kept), dict(clock.seconds), notes)

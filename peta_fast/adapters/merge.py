@@ -3,8 +3,8 @@
     cat                sum_t w_t s_t B_t A_t, exact, of rank sum r_t
     svd                its best approximation of a rank, through QR of the stacked factors
     linear             PEFT's sum of the factors, with the cross terms that it brings
-    element-wise       ties, dare_*, della*, breadcrumbs*, magnitude_prune, task_arithmetic: over the entries of B A, formed
-                       tile by tile and factored again; or over those of A and of B, as PEFT does
+    element-wise       ties, dare_*, della*, breadcrumbs*, magnitude_prune, task_arithmetic: over the entries of B A,
+                       formed tile by tile and factored again; or over those of A and of B, as PEFT does
     knots              element-wise in the common basis of all changes
     space "phi"        element-wise over the steps of linearized adapters from their one point: see linearized.py
 
@@ -31,7 +31,6 @@ from peta_fast.errors import CompatibilityError, RecipeError
 from peta_fast.formats.lora_adapter import LoraAdapter
 from peta_fast.ops.low_rank import (
     LowRank,
-    aligned,
     distance,
     linear_peft,
     norm_of,
@@ -239,7 +238,7 @@ def merged_config(group: AdapterSet, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged_targets(adapters: Sequence[LoraAdapter], modules: Sequence[str]) -> list[str]:
-    """What makes PEFT choose these modules: the adapters' own lists where they say no more than names, else all names."""
+    """What makes PEFT choose these modules: the adapters' own lists where they are names alone, else all names."""
     lists = [adapter.config.get("target_modules") for adapter in adapters]
     narrowed = any(
         adapter.config.get(key) for adapter in adapters for key in ("layers_to_transform", "exclude_modules")

@@ -113,7 +113,9 @@ def refuse_output(out: Path, inputs: Sequence[Path], force: bool) -> None:
     for path in inputs:
         folder = Path(path).expanduser().resolve()
         if place == folder or folder in place.parents or place in folder.parents:
-            raise ResourceError(str(out), f"lies in, or holds, the input {path}", "Choose a folder outside of all inputs.")
+            raise ResourceError(
+                str(out), f"lies in, or holds, the input {path}", "Choose a folder outside of all inputs."
+            )
     held = [name for name in (*OLD_FILES, CARD) if (out / name).exists()]
     if held and not force:
         raise ResourceError(str(out), f"holds {held[0]} already", "Use --force to replace it.")

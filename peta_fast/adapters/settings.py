@@ -24,7 +24,6 @@ FACTORED = ("cat", "knots", "linear", "svd")
 """Methods that live on factors alone; the others are files of the methods folder."""
 SPACES = ("delta", "factors", "phi")
 INNER = "ties"
-OWN_KEYS = ("rank", "space", "inner", "adapters", "method", "merge_method")
 NO_BASE = "(no base)"
 
 

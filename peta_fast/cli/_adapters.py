@@ -10,7 +10,9 @@ from peta_fast.cli._parser import Option
 
 Out = Annotated[Path | None, Option("--out", help="Folder for what comes out.")]
 Force = Annotated[bool, Option("--force", help="Replace what OUT holds.")]
-Base = Annotated[str | None, Option("--base", help="The base's name in the result, where adapters call it differently.")]
+Base = Annotated[
+    str | None, Option("--base", help="The base's name in the result, where adapters call it differently.")
+]
 Weights = Annotated[str | None, Option("--weights", help="One an adapter: 0.4,0.3,0.3.")]
 Density = Annotated[float | None, Option("--density", help="Fraction of each change that is kept.", low=0)]
 Set = Annotated[list[str] | None, Option("--set", help="A key of the method: --set lambda=0.5; repeatable.")]
@@ -68,8 +70,8 @@ def print_report(report, as_json: bool, limit: int | None) -> None:
                 numbers=("rank", "norm", "error", "energy kept"))  # fmt: skip
     seconds = seconds_text(sum(report.seconds.values()))
     print(
-        f"{report.method}: {len(report.modules)} modules into {report.out} in {seconds}; {report.energy:.4%} of the energy "
-        f"kept, error {report.relative_error:.3g} of the norm of the exact change ({report.exact})"
+        f"{report.method}: {len(report.modules)} modules into {report.out} in {seconds}; {report.energy:.4%} of the "
+        f"energy kept, error {report.relative_error:.3g} of the norm of the exact change ({report.exact})"
     )
     if report.replaced:
         print(f"whole tensors carried along: {len(report.replaced)}, such as {report.replaced[0]}")

@@ -1,9 +1,10 @@
 """A checkpoint with LoRA adapters on it, as the engine sees a checkpoint: no changed tensor is ever formed as a whole.
 
-    W + sum over adapters of weight * scaling * B A         formed tile by tile in fp32, ranks ascending, adapters in order
+    W + sum over adapters of weight * scaling * B A     formed tile by tile in fp32, ranks ascending, adapters in order
 
-The factor on the left is rounded once: fp32(weight * scaling * B). Whole tensors of an adapter (modules_to_save, biases)
-stand in the place of the base's. A name that the base ties to another one is untied where only one of the two is changed.
+The factor on the left is rounded once: fp32(weight * scaling * B). Whole tensors of an adapter (modules_to_save,
+biases) stand in the place of the base's. A name that the base ties to another one is untied where only one of the two
+is changed.
 """
 
 from __future__ import annotations
@@ -91,9 +92,10 @@ class AdaptedCheckpoint:
             raise self._misfit(adapter, adapter.replaced[name], list(mine.shape), name, found)
         if weight != 1:
             raise CompatibilityError(
-                str(adapter), f"replaces {name!r} as a whole, so its weight in a list of adapters must be 1, got {weight:g}",
+                str(adapter),
+                f"replaces {name!r} as a whole, so its weight in a list of adapters must be 1, got {weight:g}",
                 "Give the weight as the model's parameter.",
-            )  # fmt: skip
+            )
         if name in self.replaced:
             raise CompatibilityError(
                 name, f"{self.replaced[name]} and {adapter} both replace it as a whole", "Merge them as two models."
@@ -105,9 +107,10 @@ class AdaptedCheckpoint:
         found = self._base_info(adapter, module.tensor, module.A)
         if found.dtype not in MERGEABLE:
             raise CompatibilityError(
-                str(found.file), f"{module.tensor!r} is {found.dtype}, expected {', '.join(MERGEABLE)} under an adapter",
+                str(found.file),
+                f"{module.tensor!r} is {found.dtype}, expected {', '.join(MERGEABLE)} under an adapter",
                 "Convert the base model first.",
-            )  # fmt: skip
+            )
         lies = found.shape[0] if found.shape else 0, math.prod(found.shape[1:])
         straight, turned = lies == module.shape, lies == module.shape[::-1]
         if len(found.shape) < 2 or not (straight or turned) or (module.embedding and not turned):
@@ -121,16 +124,18 @@ class AdaptedCheckpoint:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)
             raise CompatibilityError(
-                str(adapter), f"{key!r} changes {name!r}, which {self.base.path} lacks; the nearest there is {near[0]!r}",
+                str(adapter),
+                f"{key!r} changes {name!r}, which {self.base.path} lacks; the nearest there is {near[0]!r}",
                 "It belongs to another base model, or to a part of one.",
-            )  # fmt: skip
+            )
         return self.base.tensors[self.base.aliases.get(name, name)]
 
     def _misfit(self, adapter, key: str, shape: list[int], name: str, found: TensorInfo) -> CompatibilityError:
         return CompatibilityError(
-            str(adapter), f"{key!r} changes {name!r} as one of {shape}, but it is {list(found.shape)} in {self.base.path}",
+            str(adapter),
+            f"{key!r} changes {name!r} as one of {shape}, but it is {list(found.shape)} in {self.base.path}",
             "It belongs to another base model.",
-        )  # fmt: skip
+        )
 
     # Names and headers
 
@@ -237,6 +242,7 @@ def refuse_bare_adapter(path: Path) -> None:
     """Raises CompatibilityError where a model was expected and a folder holds an adapter alone."""
     if os.path.isfile(path / "adapter_config.json") and not os.path.isfile(path / "config.json"):
         raise CompatibilityError(
-            str(path), "is an adapter, expected a model", f"Say what it is on: BASE+{path}, or use `peta-fast adapter merge`."
+            str(path),
+            "is an adapter, expected a model",
+            f"Say what it is on: BASE+{path}, or use `peta-fast adapter merge`.",
         )
-

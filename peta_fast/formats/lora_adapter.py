@@ -6,8 +6,8 @@
     <module>.lora_embedding_A [r, rows], .lora_embedding_B [width, r]     Embedding: dW = scaling (B A)^T
     anything else               a whole tensor in the place of the base's: modules_to_save, biases, embeddings
 
-Names of adapters (lora_A.default.weight), base_layer and modules_to_save.<name> drop out of keys. DoRA and other variants
-are refused by name, and so is every key that is none of these.
+Names of adapters (lora_A.default.weight), base_layer and modules_to_save.<name> drop out of keys. DoRA and other
+variants are refused by name, and so is every key that is none of these.
 Source: PEFT 0.21, docs/source/developer_guides/checkpoint.md.
 """
 
@@ -34,8 +34,18 @@ from peta_fast.formats.tensor_index import TensorInfo
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _LINEAR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(?:\.(?P<adapter>[^.]+))?")
-_VARIANT_KEYS = ("lora_magnitude_vector", "lora_", "trainable_tokens", "vera_", "hada_", "ia3_", "oft_", "boft_", "fourierft_",
-                 "prompt_embeddings")  # fmt: skip
+_VARIANT_KEYS = (
+    "lora_magnitude_vector",
+    "lora_",
+    "trainable_tokens",
+    "vera_",
+    "hada_",
+    "ia3_",
+    "oft_",
+    "boft_",
+    "fourierft_",
+    "prompt_embeddings",
+)
 """Parts of keys that are neither plain LoRA nor whole tensors."""
 _REPLACED_PART = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)(?=\.)")
 
@@ -107,8 +117,10 @@ class LoraAdapter:
     def _matrix(self, key: str, copy: bool) -> np.ndarray:
         info = self.stored_info(key)
         found = numbers(self.stored.buffer(key), copy).reshape(info.shape[0], math.prod(info.shape[1:]))
-        if not np.isfinite(found).all():
-            bad = int(np.count_nonzero(~np.isfinite(found)))
+        with np.errstate(all="ignore"):
+            suspicious = not np.isfinite(found.sum())  # a sum of finite numbers may overflow, too
+        bad = int(np.count_nonzero(~np.isfinite(found))) if suspicious else 0
+        if bad:
             raise CheckpointError(
                 str(info.file), f"{key!r}: expected finite values, got {bad} NaN or inf", "Train or download it again."
             )
@@ -132,7 +144,7 @@ class LoraAdapter:
 
 
 def open_adapter(path: str | Path) -> LoraAdapter:
-    """An adapter's folder. Raises CheckpointError for damaged or inconsistent files, CompatibilityError for variants."""
+    """An adapter's folder. Raises CheckpointError for damaged files, CompatibilityError for variants of LoRA."""
     path = Path(path)
     config = read_config(path)
     stored = open_checkpoint(_weights(path))
@@ -140,7 +152,7 @@ def open_adapter(path: str | Path) -> LoraAdapter:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises CheckpointError when there is none, CompatibilityError for anything but plain LoRA."""
+    """adapter_config.json. Raises CheckpointError where there is none, CompatibilityError for variants of LoRA."""
     file = folder / CONFIG
     if not file.is_file():
         raise CheckpointError(str(folder), f"expected a PEFT adapter, found no {CONFIG}", "Check the path.")
@@ -150,15 +162,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(file), f"expected a JSON object, got {type(config).__name__}")
     kind = config.get("peft_type") or "LORA"
     unknown = [key for key, value in config.items() if key.startswith("use_") and key != "use_rslora" and value]
-    variants = ([] if kind == "LORA" else [f"peft_type={kind!r}"]) + list(dict.fromkeys([*variants_of(config), *unknown]))
+    variants = ([] if kind == "LORA" else [f"peft_type={kind!r}"]) + list(
+        dict.fromkeys([*variants_of(config), *unknown])
+    )
     if config.get("ensure_weight_tying"):
         variants.append("ensure_weight_tying")
     if variants:
         raise CompatibilityError(
-            str(file), f"expected plain LoRA, got {', '.join(variants)}",
-            "Its change of the weights is not scaling B A; convert it to plain LoRA first (PEFT's merge_and_unload, then "
-            "`peta-fast adapter extract`).",
-        )  # fmt: skip
+            str(file),
+            f"expected plain LoRA, got {', '.join(variants)}",
+            "Its change of the weights is not scaling B A; convert it to plain LoRA first (PEFT's merge_and_unload, "
+            "then `peta-fast adapter extract`).",
+        )
     return config
 
 
@@ -183,7 +198,9 @@ class _Keys:
             self._sort(key)
         if len(self.names) > 1:
             raise CheckpointError(
-                self.file, f"holds several adapters: {', '.join(sorted(self.names))}", "Save each to a folder of its own."
+                self.file,
+                f"holds several adapters: {', '.join(sorted(self.names))}",
+                "Save each to a folder of its own.",
             )
         for name, found in self.parts.items():
             self.adapter.modules[name] = self._module(name, found)
@@ -200,7 +217,9 @@ class _Keys:
             return
         variant = next((part for part in _VARIANT_KEYS if part in bare), None)
         if variant:
-            what = {"lora_magnitude_vector": "DoRA", "trainable_tokens": "trainable tokens"}.get(variant, "a variant of LoRA")
+            what = {"lora_magnitude_vector": "DoRA", "trainable_tokens": "trainable tokens"}.get(
+                variant, "a variant of LoRA"
+            )
             raise CompatibilityError(
                 self.file, f"{key!r} belongs to {what}, expected plain LoRA", "Convert the adapter to plain LoRA first."
             )
@@ -220,7 +239,9 @@ class _Keys:
         A, B = (found[f"{stem}{side}"] for side in "AB")
         a, b = (self.adapter.stored_info(key).shape for key in (A, B))
         if len(a) < 2 or len(a) != len(b) or any(n != 1 for n in b[2:]):
-            raise CheckpointError(self.file, f"{name!r}: {A} is {list(a)} and {B} {list(b)}, expected [r, in], [out, r]")
+            raise CheckpointError(
+                self.file, f"{name!r}: {A} is {list(a)} and {B} {list(b)}, expected [r, in], [out, r]"
+            )
         rank = a[0]
         if rank < 1 or b[1] != rank:
             raise CheckpointError(
@@ -250,11 +271,16 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def numbers(buffer: Buffer, copy: bool = True) -> np.ndarray:
-    """[size] the elements: fp64 as it is, other floats in fp32; mapped where no copy is wanted or needed. Raises CompatibilityError for other dtypes."""
+    """[size] the elements: fp64 as it is, other floats in fp32; mapped where no copy is wanted or needed.
+
+    Raises CompatibilityError for other dtypes.
+    """
     raw = np.frombuffer(buffer.as_bytes(), np.uint8)
     if buffer.dtype == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if buffer.dtype not in _NUMPY:
-        raise CompatibilityError("adapter", f"a tensor is {buffer.dtype}, expected F64, F32, F16 or BF16", "Convert it.")
+        raise CompatibilityError(
+            "adapter", f"a tensor is {buffer.dtype}, expected F64, F32, F16 or BF16", "Convert it."
+        )
     found = raw.view(_NUMPY[buffer.dtype])
     return found.astype(np.float64 if buffer.dtype == "F64" else np.float32, copy=copy)

@@ -31,7 +31,7 @@ def _view(address: int, dtype: np.dtype, count: int) -> np.ndarray:
 
 def _load(address: int, code: int, start: int, count: int) -> np.ndarray:
     if code == r.CODES["FACTORS"]:
-        return _formed(_view(address, FACTORS, 1)[0], start, count)
+        return _formed(_view(address, np.dtype(np.uint8), FACTORS.itemsize).view(FACTORS)[0], start, count)
     item = ITEM[code]
     stored = _view(int(address) + start * item.itemsize, item, count)
     if code == r.CODES["BF16"]:

@@ -35,6 +35,7 @@ def apply(
     show_all: All = False,
 ) -> int:
     """Apply LoRA adapters to a base: a merged checkpoint, one rounding, in bounded memory."""
+    from peta_fast.adapters.apply import apply_recipe
     from peta_fast.cli._adapters import keys, numbers, required_out
     from peta_fast.cli._errors import warn
     from peta_fast.cli._planning import shard_bytes
@@ -42,7 +43,6 @@ def apply(
     from peta_fast.merging import parse_bytes
     from peta_fast.plan import make_plan
     from peta_fast.recipe import load_recipe
-    from peta_fast.adapters.apply import apply_recipe
 
     top = {key: value for key, value in (("dtype", dtype), ("seed", seed)) if value is not None}
     recipe = apply_recipe(

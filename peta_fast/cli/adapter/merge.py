@@ -9,8 +9,9 @@ from peta_fast.cli._options import All, AsJson, Compat, Limit, Threads
 from peta_fast.cli._parser import Argument, Option
 from peta_fast.cli._text import ROWS
 
-EPILOG = """methods: cat (exact), svd, linear (PEFT's, with cross terms), knots; and, over the entries of the changes or of the
-factors, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, magnitude_prune"""
+EPILOG = """methods: cat (exact), svd, linear (PEFT's, with cross terms), knots; and, over the entries of the changes or
+of the factors, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties,
+magnitude_prune"""
 
 
 def merge(
@@ -22,7 +23,8 @@ def merge(
     density: Density = None,
     settings: Set = None,
     space: Annotated[
-        str | None, Option("--space", help="delta: entries of B A; factors: of A and B, as PEFT; phi: linearized steps.")
+        str | None,
+        Option("--space", help="delta: entries of B A; factors: of A and B, as PEFT; phi: linearized steps."),
     ] = None,
     inner: Annotated[str | None, Option("--inner", help="Element-wise method inside knots; ties unless given.")] = None,
     replaced: Annotated[

@@ -12,6 +12,19 @@ from peta_fast.ops.low_rank.knots import Aligned, aligned
 from peta_fast.ops.low_rank.sketch import DenseTiles, Refactored, Tiles, refactored
 
 __all__ = [
-    "Aligned", "DenseTiles", "LowRank", "Refactored", "Tiles", "Truncated", "aligned", "distance", "linear_peft", "norm_of",
-    "refactored", "shares", "spectrum", "stacked", "truncated",
-]  # fmt: skip
+    "Aligned",
+    "DenseTiles",
+    "LowRank",
+    "Refactored",
+    "Tiles",
+    "Truncated",
+    "aligned",
+    "distance",
+    "linear_peft",
+    "norm_of",
+    "refactored",
+    "shares",
+    "spectrum",
+    "stacked",
+    "truncated",
+]

@@ -1,6 +1,6 @@
 """KnOTS: changes of several tasks in one basis, where they are merged entry by entry.
 
-    [D_1 | .. | D_T] = U S [V_1^T | .. | V_T^T]          rep_t = S V_t^T [R, n];  merged change = U merge(rep_1 .. rep_T)
+    [D_1 | .. | D_T] = U S [V_1^T | .. | V_T^T]      rep_t = S V_t^T [R, n];  merged change = U merge(rep_1 .. rep_T)
     Q R_B = [B_1 .. B_T],  P_t R_t = A_t^T               core = [R_B[:, 1] R_1^T | .. | R_B[:, T] R_T^T]   [R, R]
 
 The SVD of the core is that of the stacked matrix [m, T n]: U = Q U_core, V_t = P_t V_core[t]. Cost 2 (m + n) R^2 flops,
