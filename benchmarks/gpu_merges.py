@@ -292,6 +292,53 @@ def masked_error(family: Family, masks, sample) -> int:
     return sum(int((expected[n].view(torch.int16) != family.out[n].cpu().view(torch.int16)).sum()) for n in sample)
 
 
+def rows_from_files(parameters: float, rounds: int) -> Iterator[dict]:
+    """File to file, by way of the GPU and on the CPU alone, from torch's zip files in the page cache."""
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    from rows import Row
+
+    import peta_fast
+
+    with tempfile.TemporaryDirectory() as folder:
+        family = Family.random(parameters, 3)
+        places = []
+        for i, state in enumerate((family.base, *family.models)):
+            places.append(Path(folder) / str(i))
+            places[-1].mkdir()
+            torch.save({n: t.cpu() for n, t in state.items()}, places[-1] / "pytorch_model.bin")
+        size = family.size
+        del family
+        torch.cuda.empty_cache()
+        buffer = bytearray(64 << 20)
+
+        def read() -> float:
+            began = time.perf_counter()
+            for place in places:
+                with open(place / "pytorch_model.bin", "rb", buffering=0) as stream:
+                    while stream.readinto(buffer):
+                        pass
+            return time.perf_counter() - began
+
+        def run(device: str) -> float:
+            report = peta_fast.merge(out=Path(folder) / device, force=True, method="ties", base=places[0], weight=0.5,
+                                     models=places[1:], density=DENSITY, device=device)  # fmt: skip
+            return report.seconds
+
+        run("cuda")
+        reads, cpu, gpu = ([work() for _ in range(rounds)] for work in (read, lambda: run("cpu"), lambda: run("cuda")))
+        same = all((Path(folder) / "cpu" / f.name).read_bytes() == f.read_bytes()
+                   for f in (Path(folder) / "cuda").glob("*.safetensors"))  # fmt: skip
+    made = Row(
+        "gpu_ties_from_files", f"T3-n{size:.2g}-bf16", min(gpu), min(cpu), min(reads), 0 if same else 1, "the CPU",
+        "reading the inputs", "outputs that differ", goal="1.3 of the floor", nbytes=int(10 * size),
+        details={"reads": reads, "cpu": cpu, "gpu": gpu},
+    ).to_json()  # fmt: skip
+    yield {**made, "device": torch.cuda.get_device_name()}
+
+
 def sizes(quick: bool) -> list[tuple[float, int, bool]]:
     """(parameters, tasks, whether plain PyTorch runs), the most telling first."""
     if quick:
@@ -321,5 +368,13 @@ def measure(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], list
                 rows += rows_of(parameters, tasks, rate, rounds, reference)
             except Exception as error:  # the other sizes, and the tests, are still worth their time
                 notes.append(f"merging {label}: {type(error).__name__}: {error}"[:600])
+    gc.collect(), torch.cuda.empty_cache()
+    if time.monotonic() < deadline:
+        try:
+            rows += rows_from_files(1e8 if quick else 1e9, 3)
+        except Exception as error:
+            notes.append(f"merging files: {type(error).__name__}: {error}"[:600])
+    else:
+        notes.append("merging files: not measured, the time was up")
     notes += [f"{r['name']} {r['shape']}: {r['error']} elements are not the CPU's" for r in rows if r["error"]]
     return rows, notes

@@ -3,10 +3,11 @@
 usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick]
 
 Builds the package with what is installed here, runs every test marked `gpu`, measures merging (gpu_merges.py) and
-linearized LoRA against the jvp, PEFT's LoRA and the bare layer, and both ways of its forward against each other.
-Writes tests.json, merges.json, merges.md, linearized_lora.json (rows), linearized_lora.md (their table and what went
-wrong) and, with matplotlib, linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. Needs torch with
-CUDA, triton, numpy and pytest, nothing else; for merging, nvcc too, or a CUDA library in peta_fast/ built elsewhere.
+linearized LoRA against the jvp, PEFT's LoRA and the bare layer, and both ways of its forward against each other; last,
+what time is left goes to compute-sanitizer. Writes tests.json, sanitizer.json, merges.json, merges.md,
+linearized_lora.json (rows), linearized_lora.md (their table and what went wrong) and, with matplotlib,
+linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. Needs torch with CUDA, triton, numpy and pytest,
+nothing else; for merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
@@ -39,7 +40,7 @@ def main(words: list[str]) -> int:
         print("gpu_suite: torch sees no CUDA device here", file=sys.stderr)
         return 1
     problems += find_library()
-    problems += run_tests(options.out, deadline - time.monotonic())
+    problems += run_tests(options.out, deadline - time.monotonic(), "tests", "not sanitizer")
     left = deadline - time.monotonic()
     import gpu_merges
 
@@ -49,6 +50,8 @@ def main(words: list[str]) -> int:
     write(rows, [*problems, *notes], options.out, "linearized_lora")
     plot(rows, options.out / "linearized_lora.png")
     problems += [note for note in merge_notes if "not the CPU's" in note or "Error" in note]
+    if time.monotonic() < deadline:  # compute-sanitizer takes its time
+        problems += run_tests(options.out, 2 * (deadline - time.monotonic()), "sanitizer", "sanitizer")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
@@ -85,6 +88,14 @@ def find_library() -> list[str]:
     from peta_fast import _cuda
 
     brought = ROOT / "peta_fast" / _cuda.NAME
+    if not _cuda.candidates() and not brought.exists():
+        from peta_fast import _cuda_build
+
+        brought = ROOT / "build" / "gpu_suite" / _cuda.NAME
+        try:
+            _cuda_build.build(ROOT / "csrc", brought, _cuda_build.wanted_architectures("auto"))
+        except _cuda_build.BuildError as error:
+            print(f"the CUDA library was not built: {error}", file=sys.stderr)
     if not _cuda.candidates() and brought.exists():
         os.environ["PETA_FAST_CUDA_LIBRARY"] = str(brought)
     found = _cuda.describe()
@@ -97,25 +108,29 @@ def gpu_test_files() -> list[Path]:
     return [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
 
 
-def run_tests(out: Path, seconds_left: float) -> list[str]:
-    """Writes tests.json; returns the names of what failed. A run without a single test that passed is a failure."""
-    report = out / "tests.xml"
+def run_tests(out: Path, seconds_left: float, name: str, chosen: str) -> list[str]:
+    """Writes <name>.json; returns the names of what failed. A run in which no test passed or was skipped is a failure.
+
+    chosen: pytest's -k
+    """
+    report = out / f"{name}.xml"
     settings = ["-o", "addopts=", "-o", f"pythonpath={ROOT / 'tests'}", "--import-mode=importlib", "--noconftest"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *settings, f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *settings, f"--junitxml={report}"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *map(str, gpu_test_files())]
     try:
         ran = subprocess.run(
             command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=max(60.0, seconds_left / 2)
         )
     except subprocess.TimeoutExpired as late:
-        return [f"tests: not done after {late.timeout:.0f} s"]
+        return [f"{name}: not done after {late.timeout:.0f} s"]
     if not report.exists():
-        return [f"tests: pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}"]
+        return [f"{name}: pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}"]
     cases = [case_of(element) for element in ElementTree.parse(report).iter("testcase")]
     report.unlink()
-    (out / "tests.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
     failed = [f"test {case['name']}: {case['message']}" for case in cases if case["outcome"] == "failed"]
-    return failed or ([] if any(case["outcome"] == "passed" for case in cases) else ["tests: none passed"])
+    wanted = ("passed",) if name == "tests" else ("passed", "skipped")
+    return failed or ([] if any(case["outcome"] in wanted for case in cases) else [f"{name}: none passed"])
 
 
 def case_of(element: ElementTree.Element) -> dict[str, object]:

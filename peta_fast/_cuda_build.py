@@ -45,19 +45,14 @@ def architectures_here() -> list[str]:
     return sorted({a for a in found if a.isdigit()}, key=int)
 
 
-def wanted_architectures(mode: str) -> list[str]:
-    """PETA_FAST_CUDA_ARCHS where it is set ("90", "80,90"); else, with "on", all; else those of the GPUs here."""
-    given = [
-        a.removeprefix("sm_").replace(".", "")
-        for a in re.split(r"[\s,;]+", os.environ.get("PETA_FAST_CUDA_ARCHS", ""))
-        if a
-    ]
-    if any(not re.fullmatch(r"\d{2,3}[af]?", a) for a in given):
-        raise BuildError(
-            f"PETA_FAST_CUDA_ARCHS: expected numbers such as 80,90, got {os.environ['PETA_FAST_CUDA_ARCHS']!r}"
-        )
-    if given:
-        return given
+def wanted_architectures(mode: str, given: str | None = None) -> list[str]:
+    """What is given ("90", "80,90"), or PETA_FAST_CUDA_ARCHS; else, with "on", all; else those of the GPUs here."""
+    said = os.environ.get("PETA_FAST_CUDA_ARCHS", "") if given is None else given
+    found = [a.removeprefix("sm_").replace(".", "") for a in re.split(r"[\s,;]+", said) if a]
+    if any(not re.fullmatch(r"\d{2,3}[af]?", a) for a in found):
+        raise BuildError(f"PETA_FAST_CUDA_ARCHS: expected numbers such as 80,90, got {said!r}")
+    if found:
+        return found
     return list(ARCHITECTURES) if mode == "on" else architectures_here()
 
 

@@ -47,6 +47,11 @@ class Ring:
             self.ops.copy_bytes(target + start, self.buffers[place].address, count)
             self.free[place] = self.ops.memory.mark()
 
+    def close(self) -> None:
+        """Waits until nothing reads the buffers any more."""
+        for wait in self.free:
+            wait()
+
 
 class DeviceEngine(Engine):
     """The Engine whose merges run on a device. `feed` it the batches in the order they will be asked for."""
@@ -81,16 +86,20 @@ class DeviceEngine(Engine):
         return 1.2 * (tensor.input_bytes + tensor.nbytes) + 8 * tensor.costs.rows * tensor.size < self.room
 
     def _work(self, batches: Sequence[list[TensorPlan]]) -> None:
+        ring = None
         try:
             ring, streams = Ring(self.ops, self.threads), [self.ops.memory.new_stream() for _ in range(2)]
             for i, batch in enumerate(batches):
                 self.turns.acquire()
                 if self.stopped:
-                    return
+                    break
                 with self.ops.memory.on(streams[i % 2]):
                     self.done.put(self._merge_there(batch, ring))
         except BaseException as error:  # reaches whoever asks for the batch
             self.done.put(error)
+        finally:
+            if ring is not None:
+                ring.close()
 
     def _merge_there(self, batch: list[TensorPlan], ring: Ring):
         """Launches everything; what waits for it, the verdicts, and the results by name."""
@@ -152,3 +161,7 @@ class DeviceEngine(Engine):
         self.turns.release()
         if self.thread is not None:
             self.thread.join()
+        while not self.done.empty():  # results that nobody took: their memory must outlast the copies into it
+            found = self.done.get()
+            if not isinstance(found, BaseException):
+                found[0]()

@@ -90,4 +90,15 @@ def machine_code(built: Build, architecture: str) -> dict[str, str]:
     return {short_name(name): code for name, code in zip(parts[::2], parts[1::2], strict=True)}
 
 
-__all__ = ["ARCHITECTURES", "NVCC", "Build", "Kernel", "build", "disassembler", "machine_code", "sources"]
+__all__ = [
+    "ARCHITECTURES",
+    "CSRC",
+    "FLAGS",
+    "NVCC",
+    "Build",
+    "Kernel",
+    "build",
+    "disassembler",
+    "machine_code",
+    "sources",
+]

@@ -26,7 +26,7 @@ for sanitizer in address undefined; do
   # The C++ library beside it, or exceptions that leave the module would not find their way.
   LD_PRELOAD="$(gcc -print-file-name=$runtime) $(gcc -print-file-name=libstdc++.so)" "$python" -m pytest -q "$@" \
     tests/test_delta_merge*.py tests/test_order_statistics.py tests/test_task_statistics.py tests/test_checksum.py \
-    tests/test_merge_variants.py tests/test_native_module.py tests/test_concrete_mask_memory.py tests/test_factors.py \\
+    tests/test_merge_variants.py tests/test_native_module.py tests/test_concrete_mask_memory.py tests/test_factors.py \
     || failed=1
 done
 exit $failed

@@ -28,7 +28,7 @@ struct Wanted {
   uint64_t candidates;
   int64_t capacity;
   uint64_t tile_equals;  // uint32 a tile, where an index is wanted; else 0
-  int64_t gt_high, ge_high, gt_low, ge_low, inside;
+  int64_t gt_high, ge_high, ge_low, inside;
   uint32_t low, high;
   int32_t status, task;
 };
@@ -290,7 +290,7 @@ struct Decide {
     Radix& r = tables.radix[w.low_radix];
     tables.radix[w.high_radix].count = 0;
     r = Radix{0, 0, 0, 0, 0, 0, w.task};
-    const int64_t equal_high = w.ge_high - w.gt_high, equal_low = w.low == w.high ? 0 : w.ge_low - w.gt_low;
+    const int64_t equal_high = w.ge_high - w.gt_high, equal_low = w.low == w.high ? 0 : w.ge_low - w.ge_high - w.inside;
     w.status = kFound;
     if (q.count > w.gt_high && q.count <= w.ge_high) {
       q.threshold = w.high, q.above = w.gt_high, q.equal = equal_high;

@@ -1,4 +1,4 @@
-// The one streaming pass of a selection: for every element and bracket four comparisons; what lies strictly inside goes
+// The one streaming pass of a selection: for every element and bracket five comparisons; what lies strictly inside goes
 // to memory by way of the block's shared memory.
 #pragma once
 #include "kernels.h"
@@ -6,8 +6,24 @@
 namespace peta {
 
 struct Counts {
-  uint32_t gt_high = 0, ge_high = 0, gt_low = 0, ge_low = 0;
+  uint32_t gt_high = 0, ge_high = 0, ge_low = 0;
 };
+
+// n += x > bound, n += x >= bound: one comparison and one addition under its predicate.
+PF_HD void count_above(uint32_t& n, float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(n) : "f"(x), "f"(bound));
+#else
+  n += x > bound;
+#endif
+}
+PF_HD void count_from(uint32_t& n, float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(n) : "f"(x), "f"(bound));
+#else
+  n += x >= bound;
+#endif
+}
 
 // What a block keeps of each of its queries.
 struct StreamShared {
@@ -15,7 +31,7 @@ struct StreamShared {
   Delta delta[kSlots];
   uint32_t low[kSlots], high[kSlots];
   int64_t size;
-  uint32_t counts[kSlots][4];
+  uint32_t counts[kSlots][3];
   uint32_t kept[kSlots];
   uint32_t again[kSlots];  // as many as there was no room for have been found again
   int32_t slots;
@@ -31,7 +47,7 @@ PF_HD void keep_candidate(StreamShared& s, int slot, uint32_t a) {
 
 PF_HD void count_by_bits(StreamShared& s, int slot, uint32_t a, Counts& n) {
   const uint32_t low = s.low[slot], high = s.high[slot];
-  n.gt_high += a > high, n.ge_high += a >= high, n.gt_low += a > low, n.ge_low += a >= low;
+  n.gt_high += a > high, n.ge_high += a >= high, n.ge_low += a >= low;
   if (a > low && a < high) keep_candidate(s, slot, a);
 }
 
@@ -86,7 +102,7 @@ struct CountTile {
     if (thread >= kSlots) return;
     const int k = thread;
     s.kept[k] = 0, s.place[k] = 0, s.again[k] = 0;
-    for (int i = 0; i < 4; ++i) s.counts[k][i] = 0;
+    for (int i = 0; i < 3; ++i) s.counts[k][i] = 0;
     if (unit.slots[k] < 0) return;
     const Wanted& w = tables.wanted[unit.slots[k]];
     const SelectTask& task = tables.tasks[w.task];
@@ -98,11 +114,10 @@ struct CountTile {
   PF_HD void add_counts(Shared& s, const Unit& unit, int thread) const {
     if (thread >= s.slots) return;
     Wanted& w = tables.wanted[unit.slots[thread]];
-    const uint32_t(&n)[4] = s.counts[thread];
+    const uint32_t(&n)[3] = s.counts[thread];
     if (n[0]) atomic_add(&w.gt_high, int64_t(n[0]));
     if (n[1]) atomic_add(&w.ge_high, int64_t(n[1]));
-    if (n[2]) atomic_add(&w.gt_low, int64_t(n[2]));
-    if (n[3]) atomic_add(&w.ge_low, int64_t(n[3]));
+    if (n[2]) atomic_add(&w.ge_low, int64_t(n[2]));
     if (s.kept[thread]) s.place[thread] = atomic_add(&w.inside, int64_t(s.kept[thread]));
   }
 
@@ -131,7 +146,7 @@ struct CountTile {
     PF_UNROLL
     for (int k = 0; k < kSlots; ++k) {
       add_all(&s.counts[k][0], n[k].gt_high), add_all(&s.counts[k][1], n[k].ge_high);
-      add_all(&s.counts[k][2], n[k].gt_low), add_all(&s.counts[k][3], n[k].ge_low);
+      add_all(&s.counts[k][2], n[k].ge_low);
     }
   }
 
@@ -165,10 +180,10 @@ struct CountTile {
       }
       PF_UNROLL
       for (int j = 0; j < V; ++j) {
-        const bool above_low = d[j] > bounds[k].low, from_high = d[j] >= bounds[k].high;
-        n[k].gt_high += d[j] > bounds[k].high, n[k].ge_high += from_high;
-        n[k].gt_low += above_low, n[k].ge_low += d[j] >= bounds[k].low;
-        if (above_low && !from_high) keep_candidate(s, k, bits_of(d[j]));
+        count_above(n[k].gt_high, d[j], bounds[k].high);
+        count_from(n[k].ge_high, d[j], bounds[k].high);
+        count_from(n[k].ge_low, d[j], bounds[k].low);
+        if (d[j] > bounds[k].low && d[j] < bounds[k].high) keep_candidate(s, k, bits_of(d[j]));
       }
     }
   }

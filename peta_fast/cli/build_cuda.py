@@ -19,7 +19,6 @@ def build_cuda(
     as_json: AsJson = False,
 ) -> int:
     """Build the CUDA library into your cache folder. Needs nvcc, and neither torch's headers nor the network."""
-    import os
     from time import perf_counter
 
     from peta_fast import _cuda, _cuda_build
@@ -28,10 +27,9 @@ def build_cuda(
     from peta_fast.errors import ResourceError
 
     began = perf_counter()
-    if archs and archs != "all":
-        os.environ["PETA_FAST_CUDA_ARCHS"] = archs
     try:
-        chosen = _cuda_build.wanted_architectures("on" if archs == "all" else "auto")
+        named = None if archs in ("", "all") else archs
+        chosen = _cuda_build.wanted_architectures("on" if archs == "all" else "auto", named)
         if not chosen:
             raise UsageError("--archs", "expected compute capabilities, since no GPU is here to ask",
                              "Say --archs 90, or --archs all.")  # fmt: skip
