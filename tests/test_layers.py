@@ -22,7 +22,14 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"plan": ("plan", "_assignment", "_beside", "_tensor_plan")},
     {
         "run": (
-            "run", "_run_variants", "_engine", "_device_engine", "_variants", "_output", "_companions", "journal",
+            "run",
+            "_run_variants",
+            "_engine",
+            "_device_engine",
+            "_variants",
+            "_output",
+            "_companions",
+            "journal",
         )
     },  # fmt: skip
     {"merging": ("merging",)},
