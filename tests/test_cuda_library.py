@@ -11,7 +11,8 @@ from interpreter import run_code
 
 from peta_fast import _cuda, _cuda_build
 from peta_fast.cli import main
-from peta_fast.errors import PetaFastError
+from peta_fast.errors import PetaFastError, ResourceError
+from peta_fast.ops.device import TorchMemory
 
 DESCRIBE = "from peta_fast import _cuda; print(_cuda.describe())"
 in_a_checkout = pytest.mark.skipif(not CSRC.is_dir(), reason="not in a checkout")
@@ -77,6 +78,11 @@ def test_the_newest_of_the_cache_is_taken_where_none_lies_beside_the_package(tmp
     assert [f.parent.name for f in found] in (["sm_90", "sm_80"], ["sm_80", "sm_90"]) and len(found) == 2
     (tmp_path / _cuda.NAME).write_text("beside")
     assert _cuda.candidates()[0] == tmp_path / _cuda.NAME
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused():
+    with pytest.raises(ResourceError, match="cuda:99: expected one of the GPUs that torch sees, which are "):
+        TorchMemory(99)
 
 
 # ---------------------------------------------------------------- building

@@ -54,7 +54,8 @@ struct SelectTables {  // everything in device memory
   SelectQuery* queries;
   Wanted* wanted;
   Radix* radix;
-  uint64_t* bins;  // [radixes, kBins]
+  uint64_t* bins;    // [radixes, kBins]
+  uint32_t* missed;  // whether any bracket has
   const Unit* units;
   const SampleUnit* samples;
   const ArrayUnit* arrays;
@@ -214,6 +215,7 @@ struct CountTensors {
 
   template <int>
   PF_HD void phase(Shared&, const Block& block) const {
+    if (!*tables.missed) return;
     for (int64_t u = block.index; u < tables.num_units; u += block.count) {
       for (int k = 0; k < kSlots; ++k) {
         const int32_t slot = tables.units[u].slots[k];
@@ -302,6 +304,7 @@ struct Decide {
     } else {
       w.status = kMissed;
       r.count = q.count;
+      atomic_or(tables.missed, 1u);
     }
   }
 };

@@ -18,7 +18,7 @@ struct Header {
   int64_t num_tasks, num_queries, num_wanted, num_radix, num_units, num_samples, num_arrays, num_candidate_arrays,
       num_small;
   int64_t first_unit[kStreams + 1];
-  int64_t bins;  // offset in the scratch
+  int64_t bins, missed;  // offsets in the scratch; one after the other
   int64_t wants_index;
   int64_t bytes, scratch;
 };
@@ -160,6 +160,7 @@ class Layout {
     table(h.small, h.num_small, int64_t(small_.size()), sizeof(int64_t));
     table(h.small_tasks, unused, int64_t(small_tasks_.size()), sizeof(int32_t));
     h.bins = take(h.num_radix * kBins * 8);
+    h.missed = take(4);
     h.wants_index = wants_index_, h.bytes = ceil_div(at, 64) * 64, h.scratch = scratch_;
   }
 
@@ -233,14 +234,15 @@ PETA_EXPORT int32_t peta_select(Place place, const uint8_t* blob, uint8_t* devic
   const auto table = [&](auto* none, int64_t offset) { return reinterpret_cast<decltype(none)>(device_blob + offset); };
   SelectTables tables{table((const SelectTask*)nullptr, h.tasks), table((SelectQuery*)nullptr, h.queries),
                       table((Wanted*)nullptr, h.wanted), table((Radix*)nullptr, h.radix),
-                      reinterpret_cast<uint64_t*>(scratch + h.bins), table((const Unit*)nullptr, h.units),
+                      reinterpret_cast<uint64_t*>(scratch + h.bins),
+                      reinterpret_cast<uint32_t*>(scratch + h.missed), table((const Unit*)nullptr, h.units),
                       table((const SampleUnit*)nullptr, h.samples), table((const ArrayUnit*)nullptr, h.arrays),
                       table((const int64_t*)nullptr, h.small), table((const int32_t*)nullptr, h.small_tasks),
                       h.num_wanted, h.num_radix, h.num_units, h.num_samples, h.num_arrays, h.num_small};
   int failed = launch(SmallSelect{tables}, h.num_small, place, who);
   if (failed || !h.num_wanted) return failed;
   const int64_t queries = ceil_div(h.num_wanted, 64);
-  if (!failed) failed = clear(tables.bins, h.num_radix * kBins * 8, place, who);
+  if (!failed) failed = clear(tables.bins, h.missed + 4 - h.bins, place, who);
   if (!failed) failed = launch(TakeSample{tables}, h.num_samples, place, who);
   if (!failed) failed = narrow_all(tables, 0, h.num_arrays, false, place, who);
   if (!failed) failed = launch(SetBrackets{tables}, queries, place, who);

@@ -104,6 +104,10 @@ class TorchMemory:
         import torch
 
         self.torch, self.index, self.name = torch, index, f"cuda:{index}"
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if index >= count:
+            raise ResourceError(self.name, f"expected one of the GPUs that torch sees, which are {count}",
+                                "Install a torch with CUDA, or merge on the CPU.")  # fmt: skip
         self.device = torch.device("cuda", index)
 
     def place(self) -> Place:
