@@ -7,7 +7,7 @@ bench_kfac    sum_t O_t W G_t = b, 1024 x 1024, T = 4, from the average, until |
               as often as our iterations need it. `error`: the residual of our result, formed anew in fp64, over the
               one asked for.
 bench_gram    G += X^T X. Flops: m n^2 for the upper triangle. Reference: the whole product, as torch has it.
-bench_fisher  the exact Fisher of 250 examples, a network of 4.3 million weights. Floor: one forward and backward pass.
+bench_fisher  the exact Fisher of 250 examples with 4.3 million weights. Floor: one forward and backward pass.
               Reference: a backward pass for each example, squared and added.
 """
 
