@@ -21,6 +21,7 @@ _PUBLIC = {
     "save_adapter": "peta_fast.nn",
     "set_adapter": "peta_fast.nn",
     "task_vector": "peta_fast.nn",
+    "tune": "peta_fast.ops.linearized_lora.tuning",
     "PetaFastError": "peta_fast.errors",
     "RecipeError": "peta_fast.errors",
     "CheckpointError": "peta_fast.errors",

@@ -134,3 +134,12 @@ def build_in(folder: str) -> None:
 def build_layer(layer: dict, architecture: int, folder: Path) -> dict[str, Build]:
     """The build of every kernel that the layer launches, by name."""
     return {launched.kernel: build(launched, architecture, folder) for launched in launches(**layer)}
+
+
+def build_candidate(kernel: str, blocks: dict[str, int], layer: dict, architecture: int, folder: Path) -> Build:
+    """Of one kernel of a layer, with these blocks."""
+    from peta_fast.ops.linearized_lora.blocks import forced
+
+    with forced(**{kernel: blocks}):
+        found = launches(**layer)
+    return build(next(f for f in found if f.kernel == kernel.partition("_")[0] + "_kernel"), architecture, folder)

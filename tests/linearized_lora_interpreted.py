@@ -138,9 +138,9 @@ def check_launches() -> None:
 
 
 def check_chosen_by_rows() -> None:
-    from peta_fast.ops.linearized_lora import launch
+    from peta_fast.ops.linearized_lora import blocks
 
-    for rows, fused in ((launch.FUSED_ROWS, True), (launch.FUSED_ROWS + 1, False)):
+    for rows, fused in ((blocks.FUSED_ROWS, True), (blocks.FUSED_ROWS + 1, False)):
         names = launches_of_forward(True, fused=None, rows=rows)
         assert names == (["fused_kernel"] if fused else ["prefill_kernel", "aten::addmm_"])
 
