@@ -150,18 +150,20 @@ def measure_all(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], 
 
 def rows_of_layer(layers, error: float, rounds: int) -> Iterator[dict]:
     """Ours, jvp, PEFT and bare in turns, forward and forward with backward, with the memory of each."""
-    from lora_layers import kept_bytes, owned_bytes
+    from lora_layers import kept_bytes, owned_bytes, peak_weight_bytes
 
     kinds = {"ours": layers.ours(), "jvp": layers.jvp(), "peft": layers.peft(), "bare": layers.bare()}
     kinds = {name: layer for name, layer in kinds.items() if layer is not None}
     kept = {name: kept_bytes(layers, layer) for name, layer in kinds.items()}
     owned = {name: owned_bytes(layers, layer) for name, layer in kinds.items()}
+    weights = {name: peak_weight_bytes(layers, layer) for name, layer in kinds.items()}
     for passes in ("forward", "forward_backward"):
         works = {name: getattr(layers, passes)(layer) for name, layer in kinds.items()}
         times = in_turns(works, rounds)
         peaks = {name: peak_bytes(work) for name, work in works.items()}
         for reference in [name for name in ("jvp", "peft") if name in works]:
-            details = {"medians": medians(times), "kept_bytes": kept, "owned_bytes": owned, "peak_bytes": peaks}
+            details = {"medians": medians(times), "kept_bytes": kept, "owned_bytes": owned, "peak_bytes": peaks,
+                       "peak_weight_bytes": weights}  # fmt: skip
             yield row(passes, layers.shape, times, "ours", reference, "bare", error, details)
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peta_fast.ops.linearized_lora import linearized_lora
 from peta_fast.ops.linearized_lora.reference import JvpReference, PlainLoRA
@@ -177,3 +180,42 @@ def kept_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int | None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         layer(layers.x)
     return sum(kept.values())
+
+
+def peak_weight_bytes(layers: Layers, layer: Callable[[Tensor], Tensor], backward: bool = True) -> int:
+    """Bytes of the weight-sized tensors alive at the worst moment of a call: what the layer owns, and what it makes.
+
+    A storage counts once, with as many bytes as it has, whatever views it has. Weight-sized is what is [out, in] or
+    [in, out]; activations of the same shape would count too, so M may be neither in nor out.
+    """
+    assert layers.shape.M not in (layers.shape.N, layers.shape.K)
+    owned = tuple(layer.parameters()) if isinstance(layer, nn.Module) else (layers.weight,)
+    alive = WeightsAlive((layers.shape.N, layers.shape.K))
+    alive.note(owned)
+    work = layers.forward_backward(layer) if backward else layers.forward(layer)
+    with alive:
+        work()
+    return alive.peak
+
+
+class WeightsAlive(TorchDispatchMode):
+    """Looks after every operation which storages of tensors of this shape, either way round, are still there."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shapes = {shape, shape[::-1]}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        self.note(tree_leaves(results))
+        return results
+
+    def note(self, tensors) -> None:
+        self.storages = {k: found for k, found in self.storages.items() if not found[0].expired()}
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tuple(tensor.shape) in self.shapes:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.storages.values()))
