@@ -54,7 +54,7 @@ def recorded(work: Callable[[], object]) -> list[Launch]:
 def launches(
     M: int, K: int, N: int, r: int, *, general: bool, dropout: float = 0.0, way: str = "train", adapter=torch.bfloat16
 ) -> list[Launch]:
-    """Of a layer's forward and backward ("train"), or of its dual; bf16, tensors without memory."""
+    """Of a layer's forward and backward ("train"), of its dual, or of the dual's backward; bf16, without memory."""
     from peta_fast.ops.linearized_lora import launch
 
     def empty(*size: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -66,6 +66,9 @@ def launches(
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
     if way == "dual":
         return recorded(lambda: launch.dual(x, empty(M, K), weight, bias, A0, dA, B0, dB, 2.0))
+    if way == "dual_backward":
+        gradients = (g, empty(M, N), x, empty(M, r), weight, A0, dA, B0, dB, 2.0, (True, True, general, True))
+        return recorded(lambda: launch.dual_backward(*gradients))
 
     def train():
         u = launch.forward(x, weight, bias, A0, dA, B0, dB, seed, 2.0, dropout)[1]

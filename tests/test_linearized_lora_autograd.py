@@ -305,6 +305,12 @@ def test_the_operators_pass_pytorchs_own_checks(b0_is_zero):
     )
     plain = [None if t is None else t.detach() for t in case.arguments()]
     u = plain[0] @ plain[3].t()
+    gdy = torch.randn(3, 3).double()
+    for gy0, wanted in ((gdy.cos(), [True, True, not b0_is_zero, True]), (None, [False, True, False, True])):
+        torch.library.opcheck(
+            torch.ops.peta_fast.linearized_lora_dual_backward.default,
+            (gy0, gdy, plain[0], u, plain[1], *plain[3:], SCALING, wanted),
+        )
     needs = [True, not b0_is_zero, True]
     torch.library.opcheck(
         torch.ops.peta_fast.linearized_lora_backward.default,

@@ -47,6 +47,7 @@ LAYERS = {
         (16, 8192, True, "train"), (16, 8192, False, "train"), (16, 8192, True, "dual"),
         (32, 256, True, "train"), (64, 256, True, "train"), (64, 64, True, "dual"), (64, 8192, False, "train"),
         (128, 8192, True, "train"), (128, 8192, False, "train"), (128, 8192, True, "dual"),
+        (16, 8192, True, "dual_backward"), (64, 256, True, "dual_backward"), (128, 8192, True, "dual_backward"),
     ]
 }  # fmt: skip
 
@@ -108,3 +109,4 @@ def test_a_layer_is_built_of_the_kernels_that_it_launches():
     assert names["train-b0_is_zero-M8192-r16"] == ["prefill_kernel", *backward]
     assert names["dual-general-M64-r16"] == ["fused_kernel"]
     assert names["dual-general-M8192-r16"] == ["prefill_kernel"]
+    assert names["dual_backward-general-M8192-r16"] == ["partials_kernel", *backward, "dA_kernel"]

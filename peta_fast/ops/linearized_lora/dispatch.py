@@ -50,6 +50,11 @@ def dual(x, dx, weight, bias, A0, dA, B0, dB, scaling):
     return _run("dual", x, A0, x, dx, weight, bias, A0, dA, B0, dB, scaling)
 
 
+def dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs):
+    """The gradients of x, dx, dA, dB, each where `needs` says so, else None; gy0 None is zero."""
+    return _run("dual_backward", gdy, A0, gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs)
+
+
 def _run(name: str, x: Tensor, A0: Tensor, *arguments):
     """By kernel, unless Triton cannot build it for this GPU: then, with a warning, by the closed form ever after."""
     if runs_kernels(x, A0):

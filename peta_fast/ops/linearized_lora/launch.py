@@ -3,6 +3,7 @@
     forward   fused, 1 launch; or prefill and cuBLAS, 2
     dual      fused, 1 launch and one pass over W0; or prefill and cuBLAS for x and for dx, 3
     backward  partials, finish, cuBLAS, and dA where B0 is not 0: 3 or 4
+              of the dual the same, partials and cuBLAS once more where the value's gradient is not zero
 
 The base product is left to cuBLAS, unless there are so few rows that reading W0 decides.
 """
@@ -108,13 +109,36 @@ def backward(gy, x, u, weight, A0, dA, B0, dB, seed, scaling, dropout, needs: Se
     gdB = torch.empty_like(dB, memory_format=torch.contiguous_format) if needs[2] else None
     if M == 0:
         return tuple(None if t is None else t.zero_() for t in (gx, gdA, gdB))
-    v0 = _adapter_gradients(g, rows_of(u), A0, dA, B0, dB, seed, scaling, dropout, gx, gdB, bool(needs[1]))
+    v0 = _adapter_gradients(None, g, rows_of(u), A0, dA, B0, dB, seed, scaling, dropout, gx, None, gdB, bool(needs[1]))
     if gx is not None:
         gx.addmm_(g, weight)
         gx = gx.view(*gy.shape[:-1], K)
     if gdA is not None:
         _dA_gradient(v0, rows_of(x), seed, scaling, dropout, gdA)
     return gx, gdA, gdB
+
+
+def dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs: Sequence[bool]):
+    """The gradients of x, dx, dA and dB, each where `needs` says so, else None; gy0 None is zero."""
+    g, K, general = rows_of(gdy), A0.shape[1], dA is not None
+    M, g0 = g.shape[0], None if gy0 is None else rows_of(gy0)
+    gx, gdx = (g.new_empty(M, K) if n else None for n in needs[:2])
+    gdA = torch.empty_like(dA, memory_format=torch.contiguous_format) if needs[2] else None
+    gdB = torch.empty_like(dB, memory_format=torch.contiguous_format) if needs[3] else None
+    if M == 0:
+        return tuple(None if t is None else t.zero_() for t in (gx, gdx, gdA, gdB))
+    of_gdx = gdx if general else None  # with B0 = 0 it is the base product alone
+    if any(t is not None for t in (gx, of_gdx, gdA, gdB)):
+        tensors = (A0, dA, B0, dB, None, scaling, 0.0)
+        v0 = _adapter_gradients(g0, g, rows_of(u), *tensors, gx, of_gdx, gdB, bool(needs[2]), dual=True)
+    if gdA is not None:
+        _dA_gradient(v0, rows_of(x), None, scaling, 0.0, gdA)
+    if gx is not None and g0 is not None:
+        gx.addmm_(g0, weight)
+    if gdx is not None:
+        gdx.addmm_(g, weight) if general else torch.mm(g, weight, out=gdx)
+    shape = (*gdy.shape[:-1], K)
+    return None if gx is None else gx.view(shape), None if gdx is None else gdx.view(shape), gdA, gdB
 
 
 def _dA_gradient(v0, x, seed, scaling, dropout, gdA):
@@ -131,39 +155,53 @@ def _dA_gradient(v0, x, seed, scaling, dropout, gdA):
     with_blocks("dA", place_of(x.device), (M, K, K, R), run)
 
 
-def _adapter_gradients(g, u, A0, dA, B0, dB, seed, scaling, dropout, gx, gdB, needs_dA):
-    """Fills gx with the adapter's part and gdB, each unless None; returns v0 = g B0 [M, r], None where B0 = 0."""
+def _adapter_gradients(
+    g0, g, u, A0, dA, B0, dB, seed, scaling, dropout, gx, gdx, gdB, needs_dA, *, dual: bool = False
+):  # fmt: skip
+    """Fills gx, gdx with the adapter's part, and gdB, each unless None; returns v0 = g B0 [M, r], None where B0 = 0.
+
+    dual: g is gdy, and g0 is gy0 or None.
+    """
     (M, N), (r, K) = g.shape, A0.shape
-    R, general, needs_v = padded_rank(r), dA is not None, gx is not None or needs_dA
+    R, general = padded_rank(r), dA is not None
+    needs_v = gx is not None or gdx is not None or needs_dA
+    with_w = general and g0 is not None and gx is not None
     place, sums = place_of(g.device), torch.float64 if g.dtype == torch.float64 else torch.float32
 
     def run_partials(blocks):
         column_ranges = triton.cdiv(N, blocks["BN"])
         rows_each = part_of(M, max(1, place.programs // column_ranges), blocks["BM"])
-        row_ranges = triton.cdiv(M, rows_each)
+        grid = (column_ranges, triton.cdiv(M, rows_each))
         v = g.new_empty((column_ranges, 2 if general else 1, M, R) if needs_v else (0,), dtype=sums)
-        parts = g.new_empty((row_ranges, N, R) if gdB is not None else (0,), dtype=sums)
+        w = g.new_empty((column_ranges, M, R) if with_w else (0,), dtype=sums)
+        parts = g.new_empty((grid[1], N, R) if gdB is not None else (0,), dtype=sums)
+        common = {"R": R, **blocks, **numerics(g)}
         launch(
-            kernels.partials_kernel, (column_ranges, row_ranges), g, u, B0, dB, v, parts, M, N, r, rows_each,
-            *strides(g, u, B0, dB), GENERAL=general, NEEDS_V=needs_v, NEEDS_GDB=gdB is not None, R=R, **blocks,
-            **numerics(g),
+            kernels.partials_kernel, grid, g, u, B0, dB, v, parts, M, N, r, rows_each, *strides(g, u, B0, dB),
+            GENERAL=general, NEEDS_V=needs_v, NEEDS_GDB=gdB is not None, **common,
         )  # fmt: skip
-        return v, parts, column_ranges, row_ranges
+        if with_w:
+            launch(
+                kernels.partials_kernel, grid, g0, u, None, B0, w, parts, M, N, r, rows_each,
+                *strides(g0, u, None, B0), GENERAL=False, NEEDS_V=True, NEEDS_GDB=False, **common,
+            )  # fmt: skip
+        return v, w, parts, *grid
 
     partials = with_blocks(name_of("partials", general), place, (M, N, K, R), run_partials)
-    v, parts, column_ranges, row_ranges = partials
+    v, w, parts, column_ranges, row_ranges = partials
     v0 = g.new_empty(M, r) if general and needs_v else None
+    wide = gx is not None or gdx is not None
 
     def run_finish(blocks):
         row_blocks = triton.cdiv(M, blocks["BM"]) if needs_v else 0
-        columns_each = K if gx is None else part_of(K, max(1, place.programs // max(row_blocks, 1)), blocks["BK"])
+        columns_each = part_of(K, max(1, place.programs // max(row_blocks, 1)), blocks["BK"]) if wide else K
         row_programs = row_blocks * triton.cdiv(K, columns_each)
         column_blocks = triton.cdiv(N, blocks["BN"]) if gdB is not None else 0
         launch(
-            kernels.finish_kernel, (row_programs + column_blocks,), v, parts, A0, dA, seed, gx, v0, gdB, M, N, K, r,
-            scaling, *dropout_arguments(dropout), column_ranges, row_ranges, row_programs, columns_each,
-            *strides(A0, dA), GENERAL=general, DROPOUT=seed is not None, NEEDS_GX=gx is not None, R=R, **blocks,
-            **numerics(g),
+            kernels.finish_kernel, (row_programs + column_blocks,), v, w, parts, A0, dA, seed, gx, gdx, v0, gdB, M, N,
+            K, r, scaling, *dropout_arguments(dropout), column_ranges, row_ranges, row_programs, columns_each,
+            *strides(A0, dA), GENERAL=general, DUAL=dual, WITH_W=with_w, DROPOUT=seed is not None,
+            NEEDS_GX=gx is not None, NEEDS_GDX=gdx is not None, R=R, **blocks, **numerics(g),
         )  # fmt: skip
 
     with_blocks(name_of("finish", general), place, (M, N, K, R), run_finish)
