@@ -1,11 +1,12 @@
 """Everything that wants a GPU, in one command of less than ten minutes: build, tests marked `gpu`, benchmarks.
 
-usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick]
+usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick] [--tune]
 
 Builds the package with what is installed here, runs every test marked `gpu`, measures linearized LoRA against the jvp,
 PEFT's LoRA and the bare layer, and both ways of its forward against each other. Writes tests.json, linearized_lora.json
 (rows), linearized_lora.md (their table and what went wrong) and, with matplotlib, linearized_lora.png to DIR, which is
-$OUT, or benchmarks/results/gpu. Needs torch with CUDA, triton, numpy and pytest, nothing else.
+$OUT, or benchmarks/results/gpu. With --tune it first measures block shapes (some two minutes), writes them to
+measured.json and takes them. Needs torch with CUDA, triton, numpy and pytest, nothing else.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
@@ -38,6 +39,8 @@ def main(words: list[str]) -> int:
         print("gpu_suite: torch sees no CUDA device here", file=sys.stderr)
         return 1
     problems += run_tests(options.out, deadline - time.monotonic())
+    if options.tune:
+        tune(options.out, options.quick)
     rows, notes = measure_all(options.rounds, deadline, options.quick)
     write(rows, [*problems, *notes], options.out)
     for problem in problems:
@@ -53,6 +56,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="no measurement begins after so many")
     parser.add_argument("--skip-build", action="store_true", help="take the package that is installed")
     parser.add_argument("--quick", action="store_true", help="one small shape, to see that it runs")
+    parser.add_argument("--tune", action="store_true", help="measure block shapes before all else")
     return parser.parse_args(words)
 
 
@@ -110,6 +114,14 @@ def case_of(element: ElementTree.Element) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- measurements
+
+
+def tune(out: Path, quick: bool) -> None:
+    """Block shapes of two layers, for this process as for those who ship the file as the package's measured.json."""
+    from peta_fast.ops.linearized_lora import tuning
+
+    os.environ["PETA_FAST_TUNING"] = str(out / "measured.json")
+    tuning.tune([(256, 512, 512, 16)] if quick else [(8192, 4096, 4096, 16), (64, 4096, 4096, 16)])
 
 
 def shapes(quick: bool) -> list:

@@ -77,6 +77,17 @@ def test_gradients_and_second_derivatives_with_dropout(b0_is_zero):
     assert gradgradcheck(function, tuple(leaves.values()))
 
 
+@LINEARIZATIONS
+def test_only_transforms_and_forward_mode_pay_for_a_function_that_knows_them(b0_is_zero):
+    case = small_case(b0_is_zero)
+    assert [type(t.grad_fn).__name__ for t in (case.forward(), case.dual(case.x)[1])] == [
+        "EagerLinearizedLoRABackward",
+        "EagerDualBackward",
+    ]
+    with forward_ad.dual_level():
+        assert type(case.forward().grad_fn).__name__ == "LinearizedLoRABackward"
+
+
 # ---------------------------------------------------------------- transforms of functions
 
 
