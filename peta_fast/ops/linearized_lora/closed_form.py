@@ -33,7 +33,7 @@ def forward(
     dropped = rows if seed is None else rows * dropout_factors(rows, seed, dropout)
     y = linear(rows, weight, bias)
     if dA is None:
-        u = dropped @ A0.t()
+        u = linear(dropped, A0)
         y.addmm_(u, dB.t(), alpha=scaling)
     else:
         u_and_t = dropped @ torch.cat((A0, dA)).t()

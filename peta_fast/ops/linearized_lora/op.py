@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peta_fast.ops.linearized_lora import checks, torch_ops
+from peta_fast.ops.linearized_lora import checks, dispatch, torch_ops
 from peta_fast.ops.linearized_lora.dropout import draw_seed
 from peta_fast.ops.linearized_lora.functions import Dual, EagerDual, EagerLinearizedLoRA, LinearizedLoRA
 from peta_fast.ops.linearized_lora.modes import in_forward_ad, in_functorch, tangent_among
@@ -65,8 +65,10 @@ def linearized_lora(
             return torch_ops.forward(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
         factors = dropout_factors(x, seed, dropout)
         return forward_reference(x, weight, bias, A0, dA, B0, dB, scaling, factors)[0]
-    way = LinearizedLoRA if in_functorch() or in_forward_ad() else EagerLinearizedLoRA
-    return way.apply(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
+    if in_functorch() or in_forward_ad():
+        return LinearizedLoRA.apply(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
+    way = EagerLinearizedLoRA.apply if torch.is_grad_enabled() else dispatch.forward
+    return way(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
 
 
 def linearized_lora_dual(
