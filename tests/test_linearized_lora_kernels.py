@@ -62,7 +62,7 @@ def candidate_jobs() -> dict[str, tuple]:
         kernel = kind if kind == "dA" else blocks.name_of(kind.partition("_")[0], True, dual)
         layer = {"M": rows, "K": 4096, "N": 4096, "r": rank, "general": True, "way": "dual" if dual else "train"}
         layer["dropout"] = 0.0 if dual else 0.1
-        tried = blocks.candidates(kernel, rows, 4096, rank)[1:]
+        tried = blocks.candidates(kernel, rows, rank)[1:]
         found |= {f"{kernel}-R{rank}-{i}": (kernel, t, layer) for i, t in enumerate(tried)}
     return found
 

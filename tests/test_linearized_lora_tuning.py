@@ -59,7 +59,7 @@ def test_what_was_measured_runs_in_its_bucket_on_its_gpu_and_nowhere_else(user_t
     assert by_rule != FOUND
     for other in [("fused", blocks.Place("sm_80", 108), 33, 4096, 4096, 16), ("fused", H200, 33, 4096, 4097, 16),
                   ("fused", H200, 33, 4096, 4096, 32), ("fused_general", H200, 33, 4096, 4096, 16)]:  # fmt: skip
-        assert blocks.chosen(*other) == blocks.rule(other[0], other[2], other[3], other[5]) != FOUND
+        assert blocks.chosen(*other) == blocks.rule(other[0], other[2], other[5]) != FOUND
     assert blocks.fused_rows(False, False, H200, 4096, 4096, 16) == 64
     assert blocks.fused_rows(True, False, H200, 4096, 4096, 16) == blocks.FUSED_ROWS
 
@@ -159,7 +159,7 @@ def test_a_gpu_that_stands_in_no_table_gets_the_rule_and_as_many_programs_as_it_
     assert place == blocks.Place(f"sm_{capability[0]}{capability[1]}", 77)
     for kernel in ("fused", "fused_general_dual", "prefill", "partials", "finish_general", "dA"):
         for R in (16, 32, 64, 128):
-            assert blocks.chosen(kernel, place, 700, 4096, 4096, R) == blocks.rule(kernel, 700, 4096, R)
+            assert blocks.chosen(kernel, place, 700, 4096, 4096, R) == blocks.rule(kernel, 700, R)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "prefill", "partials", "finish", "dA"])
@@ -171,7 +171,7 @@ def test_blocks_for_which_a_gpu_has_no_room_shrink_until_they_fit_and_are_rememb
         sizes.append(found)
         if not blocks.shrink(*where):
             break
-    assert sizes[0] == blocks.rule(kernel, 8192, 4096, 16)
+    assert sizes[0] == blocks.rule(kernel, 8192, 16)
     assert all(v == 16 for k, v in sizes[-1].items() if k in ("BM", "BN", "BK")) and sizes[-1]["num_stages"] == 2
     assert blocks.chosen(*where) == sizes[-1]
     assert len({json.dumps(s) for s in sizes}) == len(sizes)
@@ -242,8 +242,8 @@ def test_the_command_takes_shapes(monkeypatch, capsys):
     "kernel", ["fused", "fused_general_dual", "prefill", "prefill_dual", "partials", "finish", "dA"]
 )
 def test_candidates_begin_with_the_rule_and_are_such_as_a_table_may_hold(kernel, R):
-    found = blocks.candidates(kernel, 200, 4096, R)
-    assert found[0] == blocks.rule(kernel, 200, 4096, R)
+    found = blocks.candidates(kernel, 200, R)
+    assert found[0] == blocks.rule(kernel, 200, R)
     assert len(found) == len({json.dumps(f, sort_keys=True) for f in found}) > 1
     key = f"sm_90/{kernel}/M64-K4096-N4096-R{R}"
     assert not any(table.fault_of({"format": table.FORMAT, "entries": {key: {"blocks": f}}}) for f in found)

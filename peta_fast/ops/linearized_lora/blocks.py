@@ -73,18 +73,18 @@ def crossover_key(kind: str, place: Place, N: int, K: int, R: int) -> str:
 # ---------------------------------------------------------------- what runs
 
 _forced: dict[str, Blocks] = {}
-_fitting: dict[tuple, Blocks] = {}
+_fitting: dict[str, Blocks] = {}
 
 
 def chosen(kernel: str, place: Place, M: int, N: int, K: int, R: int) -> Blocks:
     """The blocks that a launch takes: forced, or found to fit, or in a table, or by rule."""
     if kernel in _forced:
         return _forced[kernel]
-    where = (kernel, place, bucket(M), bucket(N), bucket(K), R)
-    if where not in _fitting:
-        measured = table.lookup(key_of(kernel, place, M, N, K, R))
-        _fitting[where] = rule(kernel, M, N, R) if measured is None else measured
-    return _fitting[where]
+    key = key_of(kernel, place, M, N, K, R)
+    if key not in _fitting:
+        measured = table.lookup(key)
+        _fitting[key] = rule(kernel, M, R) if measured is None else measured
+    return _fitting[key]
 
 
 def fused_rows(general: bool, dual: bool, place: Place, N: int, K: int, R: int) -> int:
@@ -97,7 +97,7 @@ def shrink(kernel: str, place: Place, M: int, N: int, K: int, R: int) -> bool:
     smaller = None if kernel in _forced else smaller_than(chosen(kernel, place, M, N, K, R))
     if smaller is None:
         return False
-    _fitting[kernel, place, bucket(M), bucket(N), bucket(K), R] = smaller
+    _fitting[key_of(kernel, place, M, N, K, R)] = smaller
     return True
 
 
@@ -130,7 +130,7 @@ def forget() -> None:
 # ---------------------------------------------------------------- rules
 
 
-def rule(kernel: str, M: int, N: int, R: int) -> Blocks:
+def rule(kernel: str, M: int, R: int) -> Blocks:
     """What runs where nothing was measured. The same for all sizes of a bucket, so that a size decides no rounding."""
     dual = kernel.endswith("_dual")
     rules = {
@@ -187,9 +187,9 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
 """For ranks up to 16: BM, BN and BK, those that the kernel has, then warps and stages."""
 
 
-def candidates(kernel: str, M: int, N: int, R: int) -> list[Blocks]:
+def candidates(kernel: str, M: int, R: int) -> list[Blocks]:
     """Some that are worth a try, the rule's first; none with twice the rows that there are."""
-    first = rule(kernel, M, N, R)
+    first = rule(kernel, M, R)
     if R > 16:
         return [first, {**first, "num_stages": first["num_stages"] - 1}]
     base = kernel.partition("_")[0]

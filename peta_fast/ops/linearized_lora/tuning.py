@@ -132,7 +132,7 @@ class _Layer:
 
     def fastest(self, name: str, work: Callable[[], tuple], limit: list[tuple[Tensor, float]]) -> dict[str, Any] | None:
         times: list[tuple[float, Blocks]] = []
-        tried = tables.candidates(name, self.M, self.N, self.R)
+        tried = tables.candidates(name, self.M, self.R)
         for blocks in tried:
             with tables.forced(**{name: blocks}):
                 seconds = self.seconds_if_right(work, limit)
