@@ -3,6 +3,7 @@
 Flops: 2 M K N forward and as many backward, since the weight is frozen; the adapter adds 4 M r (K + N) forward and
 about twice that backward, half of both where B0 = 0. Floor: the same layer without an adapter, forward and backward to
 x. References: torch.func.jvp over a LoRA layer, and PEFT's LoRA. fp32 on the CPU; with CUDA, bf16 and Llama's layers.
+peak_weight_bytes: of tensors [out, in] alive at once in a forward with backward; the jvp has three, we have one.
 `error` is the largest of y, gx, gdA, gdB against the jvp in fp64, relative to each one's largest value.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_layers import Layers, Shape, finished, kept_bytes, owned_bytes, seconds
+from lora_layers import Layers, Shape, finished, kept_bytes, owned_bytes, peak_weight_bytes, seconds
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -72,4 +73,5 @@ def _measure(measure, layers, reference, passes) -> None:
         goal=f"{GOALS[name]}; of the bare layer {GOALS['bare']}",
         kept_bytes={"ours": kept_bytes(layers, layers.ours()), name: kept_bytes(layers, layer)},
         owned_bytes={"ours": owned_bytes(layers, layers.ours()), name: owned_bytes(layers, layer)},
+        peak_weight_bytes={"ours": peak_weight_bytes(layers, layers.ours()), name: peak_weight_bytes(layers, layer)},
     )

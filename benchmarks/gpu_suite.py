@@ -1,13 +1,14 @@
 """Everything that wants a GPU, in one command of less than ten minutes: build, tests marked `gpu`, benchmarks.
 
-usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick]
+usage: gpu_suite.py [--out DIR] [--rounds N] [--minutes N] [--skip-build] [--quick] [--tune]
 
 Builds the package with what is installed here, runs every test marked `gpu`, measures merging (gpu_merges.py) and
 linearized LoRA against the jvp, PEFT's LoRA and the bare layer, and both ways of its forward against each other; last,
 what time is left goes to compute-sanitizer. Writes tests.json, sanitizer.json, merges.json, merges.md,
 linearized_lora.json (rows), linearized_lora.md (their table and what went wrong) and, with matplotlib,
-linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. Needs torch with CUDA, triton, numpy and pytest,
-nothing else; for merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
+linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. With --tune it first measures block shapes (some two
+minutes), writes them to measured.json and takes them. Needs torch with CUDA, triton, numpy and pytest, nothing else; for
+merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
@@ -41,6 +42,8 @@ def main(words: list[str]) -> int:
         return 1
     problems += find_library()
     problems += run_tests(options.out, deadline - time.monotonic(), "tests", "not sanitizer")
+    if options.tune:
+        tune(options.out, options.quick)
     left = deadline - time.monotonic()
     import gpu_merges
 
@@ -65,6 +68,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="no measurement begins after so many")
     parser.add_argument("--skip-build", action="store_true", help="take the package that is installed")
     parser.add_argument("--quick", action="store_true", help="one small shape, to see that it runs")
+    parser.add_argument("--tune", action="store_true", help="measure block shapes before all else")
     return parser.parse_args(words)
 
 
@@ -149,6 +153,14 @@ def case_of(element: ElementTree.Element) -> dict[str, object]:
 # ---------------------------------------------------------------- measurements
 
 
+def tune(out: Path, quick: bool) -> None:
+    """Block shapes of two layers, for this process as for those who ship the file as the package's measured.json."""
+    from peta_fast.ops.linearized_lora import tuning
+
+    os.environ["PETA_FAST_TUNING"] = str(out / "measured.json")
+    tuning.tune([(256, 512, 512, 16)] if quick else [(8192, 4096, 4096, 16), (64, 4096, 4096, 16)])
+
+
 def shapes(quick: bool) -> list:
     """The most telling first: what is left when the time is up is not measured, and said."""
     from lora_layers import Shape
@@ -187,18 +199,20 @@ def measure_all(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], 
 
 def rows_of_layer(layers, error: float, rounds: int) -> Iterator[dict]:
     """Ours, jvp, PEFT and bare in turns, forward and forward with backward, with the memory of each."""
-    from lora_layers import kept_bytes, owned_bytes
+    from lora_layers import kept_bytes, owned_bytes, peak_weight_bytes
 
     kinds = {"ours": layers.ours(), "jvp": layers.jvp(), "peft": layers.peft(), "bare": layers.bare()}
     kinds = {name: layer for name, layer in kinds.items() if layer is not None}
     kept = {name: kept_bytes(layers, layer) for name, layer in kinds.items()}
     owned = {name: owned_bytes(layers, layer) for name, layer in kinds.items()}
+    weights = {name: peak_weight_bytes(layers, layer) for name, layer in kinds.items()}
     for passes in ("forward", "forward_backward"):
         works = {name: getattr(layers, passes)(layer) for name, layer in kinds.items()}
         times = in_turns(works, rounds)
         peaks = {name: peak_bytes(work) for name, work in works.items()}
         for reference in [name for name in ("jvp", "peft") if name in works]:
-            details = {"medians": medians(times), "kept_bytes": kept, "owned_bytes": owned, "peak_bytes": peaks}
+            details = {"medians": medians(times), "kept_bytes": kept, "owned_bytes": owned, "peak_bytes": peaks,
+                       "peak_weight_bytes": weights}  # fmt: skip
             yield row(passes, layers.shape, times, "ours", reference, "bare", error, details)
 
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from peta_fast.ops.linearized_lora import linearized_lora
+from peta_fast.formats.peft_adapter import LinearizedFactors
+from peta_fast.nn import LinearizedLoRALinear
 from peta_fast.ops.linearized_lora.reference import JvpReference, PlainLoRA
 
 SCALING = 2.0
@@ -46,9 +50,18 @@ class Layers:
         self.B0 = normal(N, r, scale=0.1) if shape.general else None
         self.g = normal(M, N, scale=1.0)
 
-    def ours(self) -> Callable[[Tensor], Tensor]:
-        adapter = (self.A0, self.dA, self.B0, self.dB)
-        return lambda x: linearized_lora(x, self.weight, self.bias, *adapter, SCALING)
+    def ours(self) -> LinearizedLoRALinear:
+        """The module that a user trains, its checks included, around this very weight."""
+        r = self.shape.r
+        dA, dB = None if self.dA is None else self.dA.detach(), self.dB.detach()
+        factors = LinearizedFactors(self.A0, self.B0, dA, dB, SCALING, alpha=SCALING * r)
+        return LinearizedLoRALinear.from_factors(self.linear(), factors)
+
+    def linear(self) -> nn.Linear:
+        """Without an adapter; shares the weight and the bias."""
+        linear = nn.Linear(self.shape.K, self.shape.N, device="meta")
+        linear.weight, linear.bias = (nn.Parameter(t, requires_grad=False) for t in (self.weight, self.bias))
+        return linear
 
     def jvp(self, dtype: torch.dtype | None = None) -> JvpReference:
         B0 = torch.zeros_like(self.dB) if self.B0 is None else self.B0
@@ -70,13 +83,8 @@ class Layers:
             from peft.tuners.lora import Linear
         except ImportError:
             return None
-        base = nn.Linear(self.shape.K, self.shape.N, device=self.x.device, dtype=self.x.dtype)
-        with torch.no_grad():
-            base.weight.copy_(self.weight)
-            base.bias.copy_(self.bias)
-        base.requires_grad_(False)
         config = LoraConfig(r=self.shape.r, lora_alpha=2 * self.shape.r)
-        return peft_linear(Linear, base, config).to(self.x.device, self.x.dtype)
+        return peft_linear(Linear, self.linear(), config).to(self.x.device, self.x.dtype)
 
     def forward(self, layer: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -103,8 +111,9 @@ class Layers:
         y_exact = exact(x)
         steps = [exact.layer.lora_A, exact.layer.lora_B] if self.dA is not None else [exact.layer.lora_B]
         truths = [y_exact, *torch.autograd.grad(y_exact, [x, *steps], self.g.double())]
-        y = self.ours()(self.x)
-        leaves = [t for t in (self.x, self.dA, self.dB) if t is not None]
+        ours = self.ours()
+        y = ours(self.x)
+        leaves = [self.x, *ours.steps()]
         founds = [y, *torch.autograd.grad(y, leaves, self.g)]
         return max(((f.double() - t).abs().max() / t.abs().max()).item() for f, t in zip(founds, truths, strict=True))
 
@@ -146,12 +155,15 @@ def seconds_on_gpu(work: Callable[[], object], calls: int = 10) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def owned_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int:
-    """Bytes of a layer's parameters: base weight, bias, adapter, and the jvp's second copy of them."""
+def owned_by(layers: Layers, layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """A layer's tensors: base weight, bias, adapter, and the jvp's second copy of them."""
     if isinstance(layer, nn.Module):
-        return sum(p.nbytes for p in layer.parameters())
-    tensors = (layers.weight, layers.bias, layers.A0, layers.dA, layers.B0, layers.dB)
-    return sum(t.nbytes for t in tensors if t is not None)
+        return [*layer.parameters(), *layer.buffers()]
+    return [layers.weight, layers.bias]
+
+
+def owned_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int:
+    return sum(t.nbytes for t in owned_by(layers, layer))
 
 
 def kept_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int | None:
@@ -161,11 +173,7 @@ def kept_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int | None:
     """
     if isinstance(layer, JvpReference):
         return None
-    held = {layers.x.untyped_storage().data_ptr(), layers.weight.untyped_storage().data_ptr()}
-    if isinstance(layer, nn.Module):
-        held |= {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    else:
-        held |= {t.untyped_storage().data_ptr() for t in (layers.A0, layers.dB, layers.dA, layers.B0) if t is not None}
+    held = {t.untyped_storage().data_ptr() for t in (layers.x, *owned_by(layers, layer))}
     kept = {}
 
     def note(t: Tensor) -> Tensor:
@@ -177,3 +185,41 @@ def kept_bytes(layers: Layers, layer: Callable[[Tensor], Tensor]) -> int | None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         layer(layers.x)
     return sum(kept.values())
+
+
+def peak_weight_bytes(layers: Layers, layer: Callable[[Tensor], Tensor], backward: bool = True) -> int:
+    """Bytes of the weight-sized tensors alive at the worst moment of a call: what the layer owns, and what it makes.
+
+    A storage counts once, with as many bytes as it has, whatever views it has. Weight-sized is what is [out, in] or
+    [in, out]; activations of the same shape would count too, so M may be neither in nor out.
+    """
+    assert layers.shape.M not in (layers.shape.N, layers.shape.K)
+    alive = WeightsAlive((layers.shape.N, layers.shape.K))
+    alive.note(owned_by(layers, layer))
+    work = layers.forward_backward(layer) if backward else layers.forward(layer)
+    with alive:
+        work()
+    return alive.peak
+
+
+class WeightsAlive(TorchDispatchMode):
+    """Looks after every operation which storages of tensors of this shape, either way round, are still there."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shapes = {shape, shape[::-1]}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        self.note(tree_leaves(results))
+        return results
+
+    def note(self, tensors) -> None:
+        self.storages = {k: found for k, found in self.storages.items() if not found[0].expired()}
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tuple(tensor.shape) in self.shapes:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.storages.values()))

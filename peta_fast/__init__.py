@@ -44,6 +44,7 @@ _PUBLIC = {
     "collect_statistics": "peta_fast.fit",
     "load_statistics": "peta_fast.fit",
     "regmean_pp": "peta_fast.fit",
+    "tune": "peta_fast.ops.linearized_lora.tuning",
     "PetaFastError": "peta_fast.errors",
     "RecipeError": "peta_fast.errors",
     "CheckpointError": "peta_fast.errors",

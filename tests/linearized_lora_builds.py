@@ -57,7 +57,7 @@ def recorded(work: Callable[[], object]) -> list[Launch]:
 def launches(
     M: int, K: int, N: int, r: int, *, general: bool, dropout: float = 0.0, way: str = "train", adapter=torch.bfloat16
 ) -> list[Launch]:
-    """Of a layer's forward and backward ("train"), or of its dual; bf16, tensors without memory."""
+    """Of a layer's forward and backward ("train"), of its dual, or of the dual's backward; bf16, without memory."""
     from peta_fast.ops.linearized_lora import launch
 
     def empty(*size: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -69,6 +69,9 @@ def launches(
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
     if way == "dual":
         return recorded(lambda: launch.dual(x, empty(M, K), weight, bias, A0, dA, B0, dB, 2.0))
+    if way == "dual_backward":
+        gradients = (g, empty(M, N), x, empty(M, r), weight, A0, dA, B0, dB, 2.0, (True, True, general, True))
+        return recorded(lambda: launch.dual_backward(*gradients))
 
     def train():
         u = launch.forward(x, weight, bias, A0, dA, B0, dB, seed, 2.0, dropout)[1]
@@ -135,3 +138,12 @@ def build_in(folder: str) -> None:
 def build_layer(layer: dict, architecture: int, folder: Path) -> dict[str, Build]:
     """The build of every kernel that the layer launches, by name."""
     return {launched.kernel: build(launched, architecture, folder) for launched in launches(**layer)}
+
+
+def build_candidate(kernel: str, blocks: dict[str, int], layer: dict, architecture: int, folder: Path) -> Build:
+    """Of one kernel of a layer, with these blocks."""
+    from peta_fast.ops.linearized_lora.blocks import forced
+
+    with forced(**{kernel: blocks}):
+        found = launches(**layer)
+    return build(next(f for f in found if f.kernel == kernel.partition("_")[0] + "_kernel"), architecture, folder)

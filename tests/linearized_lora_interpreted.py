@@ -22,7 +22,12 @@ import torch
 from linearized_lora_cases import SCALING, Case, assert_close, make_case
 
 from peta_fast.ops.linearized_lora.dropout import keep_factors
-from peta_fast.ops.linearized_lora.reference import backward_reference, dual_reference, forward_reference
+from peta_fast.ops.linearized_lora.reference import (
+    backward_reference,
+    dual_backward_reference,
+    dual_reference,
+    forward_reference,
+)
 
 RANKS = (1, 4, 8, 16, 64, 128)
 ROWS = (0, 1, 33, 100)
@@ -68,6 +73,23 @@ def check_backward(
     wanted = (needs[0], False, False, *needs[1:])
     exact = backward_reference(g, None, c.x, u, c.weight, c.A0, c.dA, c.B0, c.dB, SCALING, factors, wanted)
     for ours, expected in zip(found, (exact[0], *exact[3:]), strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            assert_close(ours, expected, tolerance)
+
+
+def check_dual_backward(case: Case, with_value: bool = True, needs=(True,) * 4, tolerance: float = 1e-12) -> None:
+    from peta_fast.ops.linearized_lora import launch
+
+    c, u = case, case.x @ case.A0.t()
+    gdy = torch.randn(c.x.shape[0], c.dB.shape[0], dtype=c.x.dtype)
+    gy0 = gdy.cos() if with_value else None
+    needs = (*needs[:2], needs[2] and c.dA is not None, needs[3])
+    adapter = (c.weight, c.A0, c.dA, c.B0, c.dB, SCALING)
+    found = launch.dual_backward(gy0, gdy, c.x, u, *adapter, needs)
+    wanted = (*needs[:2], False, False, *needs[2:])
+    exact = dual_backward_reference(gy0, gdy, None, c.x, None, u, *adapter, wanted)
+    for ours, expected in zip(found, (*exact[:2], *exact[4:]), strict=True):
         assert (ours is None) == (expected is None)
         if expected is not None:
             assert_close(ours, expected, tolerance)
@@ -127,6 +149,14 @@ def launches_of_dual(general: bool) -> list[str]:
     return count(lambda launch: launch.dual(c.x, dx, *c.arguments()[1:], SCALING, fused=True))
 
 
+def launches_of_dual_backward(general: bool, with_value: bool, needs=(True,) * 4) -> list[str]:
+    c = case_of(general=general)
+    u, gdy = c.x @ c.A0.t(), torch.randn(33, 50).double()
+    gy0 = gdy.cos() if with_value else None
+    arguments = (gy0, gdy, c.x, u, c.weight, c.A0, c.dA, c.B0, c.dB, SCALING)
+    return count(lambda launch: launch.dual_backward(*arguments, (*needs[:2], needs[2] and general, needs[3])))
+
+
 def check_launches() -> None:
     for general in (True, False):
         assert launches_of_forward(general, fused=True) == ["fused_kernel"]
@@ -135,12 +165,17 @@ def check_launches() -> None:
     first = ["partials_kernel", "finish_kernel", "aten::addmm_"]
     assert launches_of_backward(False) == first
     assert launches_of_backward(True) == [*first, "dA_kernel"]
+    partials, finish, product = first
+    assert launches_of_dual_backward(True, True) == [partials, partials, finish, "dA_kernel", product, product]
+    assert launches_of_dual_backward(True, False, (False, True, True, True)) == [partials, finish, "dA_kernel", product]
+    assert launches_of_dual_backward(False, False) == [partials, finish, "aten::mm.out"]
+    assert launches_of_dual_backward(False, False, (False, False, False, True)) == [partials, finish]
 
 
 def check_chosen_by_rows() -> None:
-    from peta_fast.ops.linearized_lora import launch
+    from peta_fast.ops.linearized_lora import blocks
 
-    for rows, fused in ((launch.FUSED_ROWS, True), (launch.FUSED_ROWS + 1, False)):
+    for rows, fused in ((blocks.FUSED_ROWS, True), (blocks.FUSED_ROWS + 1, False)):
         names = launches_of_forward(True, fused=None, rows=rows)
         assert names == (["fused_kernel"] if fused else ["prefill_kernel", "aten::addmm_"])
 
@@ -203,6 +238,23 @@ def all_checks() -> dict:
             case_of(general=g), g=torch.ones(()).double().expand(33, 50)
         )
         checks[f"backward-{kind}-fp32"] = lambda g=general: check_backward(
+            case_of(general=g).to(torch.float32), tolerance=5e-6
+        )
+        for value in (True, False):
+            way = f"dual_backward-{kind}-{'gy0' if value else 'no_gy0'}"
+            checks[way] = lambda g=general, v=value: check_dual_backward(case_of(rows=70, r=5, general=g), v)
+            checks[f"{way}-wide"] = lambda g=general, v=value: check_dual_backward(
+                case_of(rows=5, features=300, out=530, r=16, general=g), v
+            )
+            for needs in itertools.product((True, False), repeat=4):
+                if any(needs) and (general or needs != (False, False, True, False)):
+                    name = "".join("01"[n] for n in needs)
+                    checks[f"{way}-needs_{name}"] = lambda g=general, v=value, n=needs: check_dual_backward(
+                        case_of(general=g), v, n
+                    )
+        checks[f"dual_backward-{kind}-0_rows"] = lambda g=general: check_dual_backward(case_of(rows=0, general=g))
+        checks[f"dual_backward-{kind}-strides"] = lambda g=general: check_dual_backward(transposed(case_of(general=g)))
+        checks[f"dual_backward-{kind}-fp32"] = lambda g=general: check_dual_backward(
             case_of(general=g).to(torch.float32), tolerance=5e-6
         )
         for needs in itertools.product((True, False), repeat=3):

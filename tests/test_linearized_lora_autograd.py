@@ -77,6 +77,17 @@ def test_gradients_and_second_derivatives_with_dropout(b0_is_zero):
     assert gradgradcheck(function, tuple(leaves.values()))
 
 
+@LINEARIZATIONS
+def test_only_transforms_and_forward_mode_pay_for_a_function_that_knows_them(b0_is_zero):
+    case = small_case(b0_is_zero)
+    assert [type(t.grad_fn).__name__ for t in (case.forward(), case.dual(case.x)[1])] == [
+        "EagerLinearizedLoRABackward",
+        "EagerDualBackward",
+    ]
+    with forward_ad.dual_level():
+        assert type(case.forward().grad_fn).__name__ == "LinearizedLoRABackward"
+
+
 # ---------------------------------------------------------------- transforms of functions
 
 
@@ -305,6 +316,12 @@ def test_the_operators_pass_pytorchs_own_checks(b0_is_zero):
     )
     plain = [None if t is None else t.detach() for t in case.arguments()]
     u = plain[0] @ plain[3].t()
+    gdy = torch.randn(3, 3).double()
+    for gy0, wanted in ((gdy.cos(), [True, True, not b0_is_zero, True]), (None, [False, True, False, True])):
+        torch.library.opcheck(
+            torch.ops.peta_fast.linearized_lora_dual_backward.default,
+            (gy0, gdy, plain[0], u, plain[1], *plain[3:], SCALING, wanted),
+        )
     needs = [True, not b0_is_zero, True]
     torch.library.opcheck(
         torch.ops.peta_fast.linearized_lora_backward.default,

@@ -6,12 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linearized_lora_cases import Case, assert_as_accurate, gradients, make_case
+from linearized_lora_cases import SCALING, Case, assert_as_accurate, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
+from peta_fast.ops.linearized_lora import blocks
 from peta_fast.ops.linearized_lora.dropout import keep_factors
+from peta_fast.ops.linearized_lora.reference import dual_reference
+from peta_fast.ops.linearized_lora.tuning import tune
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("error:linearized_lora. Triton builds no kernels"),
+]
 LINEARIZATIONS = pytest.mark.parametrize("b0_is_zero", [False, True], ids=["general", "b0_is_zero"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ROWS = (0, 1, 16, 33, 64, 200, 256, 257, 1000)
@@ -70,6 +77,45 @@ def test_the_dual(rows, moving, b0_is_zero):
     plain = case.jvp_reference()
     for ours, theirs, exact in zip(case.dual(dx), plain.dual(case.x, dx), truth, strict=True):
         assert_as_accurate(ours, theirs, exact)
+
+
+@LINEARIZATIONS
+@pytest.mark.parametrize("with_value", [True, False], ids=["both", "tangent_alone"])
+@pytest.mark.parametrize("rows", [1, 48, 640])
+def test_gradients_of_the_dual(rows, with_value, b0_is_zero):
+    case = on_gpu(rows, 520, out=776, r=16, b0_is_zero=b0_is_zero)
+    dx = torch.randn_like(case.x)
+    g = [torch.randn(rows, 776, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    chosen = slice(0, 2) if with_value else slice(1, 2)
+
+    def of(case, dx, dual, dtype):
+        leaves = {"dx": dx.to(dtype).requires_grad_(), **case.to(dtype).training("x", "dA", "dB").leaves()}
+        moved = replace(case.to(dtype), **{n: t for n, t in leaves.items() if n != "dx"})
+        ys = dual(moved, leaves["dx"])[chosen]
+        return torch.autograd.grad(ys, tuple(leaves.values()), [t.to(dtype) for t in g[chosen]])
+
+    def plain(case, dx):
+        return dual_reference(case.x, dx, *case.arguments()[1:], SCALING)[:2]
+
+    founds = of(case, dx, Case.dual, torch.bfloat16)
+    plains, truths = of(case, dx, plain, torch.bfloat16), of(case, dx, plain, torch.float64)
+    for found, low, truth in zip(founds, plains, truths, strict=True):
+        assert_as_accurate(found, low, truth)
+
+
+def test_tuning_finds_blocks_that_are_right_and_taken_afterwards(tmp_path, monkeypatch):
+    file = tmp_path / "found.json"
+    monkeypatch.setenv("PETA_FAST_TUNING", str(file))
+    blocks.forget()
+    entries = tune([(48, 520, 776, 16)], report=lambda line: None)
+    place = blocks.place_of(torch.device("cuda", torch.cuda.current_device()))
+    for general in (False, True):
+        name = blocks.name_of("fused", general)
+        key = blocks.key_of(name, place, 48, 776, 520, 16)
+        assert blocks.chosen(name, place, 48, 776, 520, 16) == entries[key]["blocks"]
+        assert_all_as_accurate(on_gpu(48, 520, out=776, r=16, b0_is_zero=not general))
+    monkeypatch.undo()
+    blocks.forget()
 
 
 @LINEARIZATIONS

@@ -18,7 +18,7 @@ from linearized_lora_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peta_fast.ops.linearized_lora import linearized_lora, linearized_lora_dual
-from peta_fast.ops.linearized_lora.reference import PlainLoRA, backward_reference, forward_reference
+from peta_fast.ops.linearized_lora.reference import PlainLoRA, backward_reference, dual_reference, forward_reference
 
 LINEARIZATIONS = pytest.mark.parametrize("b0_is_zero", [False, True], ids=["general", "b0_is_zero"])
 SHAPES = [(5,), (4, 5), (2, 3, 5), (2, 2, 3, 5), (1, 5), (0, 5), (2, 0, 5), (33, 130)]
@@ -101,6 +101,64 @@ def test_dual_and_its_gradients_are_those_of_the_jvp(shape, b0_is_zero, moving_i
     expected = jvp_gradients(case, g, gdy, dx)
     for name, gradient in zip(leaves, ours, strict=True):
         assert_close(gradient, expected[name])
+
+
+@LINEARIZATIONS
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (5,), (0, 5), (33, 130)], ids=str)
+@pytest.mark.parametrize("with_value", [True, False], ids=["both", "tangent_alone"])
+def test_gradients_of_the_dual_along_the_tangent_of_its_input(with_value, shape, b0_is_zero):
+    """tangent_alone: nothing flows back through y0, as in a whole model around a fixed point."""
+    case = make_case(*shape, b0_is_zero=b0_is_zero).training("x", "dA", "dB")
+    dx = torch.randn_like(case.x).requires_grad_()
+    reference = case.jvp_reference()
+    step = [p for p in reference.layer.parameters() if p.requires_grad]
+    step = step[1:] if b0_is_zero else step  # there A has no effect, and we have none
+    x, moving = case.x.detach().clone().requires_grad_(), dx.detach().clone().requires_grad_()
+    ours, theirs = case.dual(dx), reference.dual(x, moving)
+    g = [torch.randn_like(y) for y in ours]
+    chosen = slice(0, 2) if with_value else slice(1, 2)
+    found = torch.autograd.grad(ours[chosen], (dx, *case.leaves().values()), g[chosen])
+    expected = torch.autograd.grad(theirs[chosen], (moving, x, *step), g[chosen])
+    for gradient, exact in zip(found, expected, strict=True):
+        assert_close(gradient, exact)
+
+
+@LINEARIZATIONS
+@pytest.mark.parametrize("name", ["x", "dx", "weight", "bias", "dA", "dB"])
+@pytest.mark.parametrize("with_value", [True, False], ids=["both", "tangent_alone"])
+def test_each_gradient_of_the_dual_alone(with_value, name, b0_is_zero):
+    if name == "dA" and b0_is_zero:
+        pytest.skip("there is no dA")
+    case = make_case(4, 5, b0_is_zero=b0_is_zero).training(name)
+    dx = torch.randn_like(case.x).requires_grad_(name == "dx")
+    leaf = dx if name == "dx" else getattr(case, name)
+    plain = dual_reference(case.x, dx, *case.arguments()[1:], SCALING)[:2]
+    chosen = [i for i in ((0, 1) if with_value else (1,)) if plain[i].requires_grad]
+    g = [torch.randn_like(plain[i]) for i in chosen]
+    if not chosen:
+        pytest.skip("it has no effect on the tangent")
+    found, expected = (torch.autograd.grad([ys[i] for i in chosen], leaf, g)[0] for ys in (case.dual(dx), plain))
+    assert_close(found, expected)
+
+
+def test_the_dual_backward_reads_the_weight_once_for_each_gradient_that_passes_it():
+    """As products with the base weight: x and dx forward; backward none for x where the value has no gradient."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if any(isinstance(a, torch.Tensor) and 0 not in a.shape and set(a.shape) == {40, 50} for a in arguments):
+                counted.append(function.name())
+            return function(*arguments, **(options or {}))
+
+    case = make_case(6, 40, out=50).training("x", "dA", "dB")
+    dx = torch.randn_like(case.x).requires_grad_()
+    with Count():
+        y0, dy = case.dual(dx)
+        forward = [n for n in counted if "mm" in n]
+        counted.clear()
+        dy.sum().backward()
+    assert len(forward) == 2 and len([n for n in counted if "mm" in n]) == 1
 
 
 @pytest.mark.parametrize("r", RANKS)

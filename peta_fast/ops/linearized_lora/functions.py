@@ -1,6 +1,8 @@
 """Linearized LoRA as autograd.Functions: reverse mode of any order, forward mode, and vmap.
 
-Both return u = D(x) A0ᵀ besides their results. It is an output, not a value saved on the side, so that a second
+Functions with setup_context, which functorch asks for, cost 24 µs more a call (PyTorch binds their arguments by
+inspect.signature); where no transform and no forward AD is active, the Eager ones run the same code without it.
+All return u = D(x) A0ᵀ besides their results. It is an output, not a value saved on the side, so that a second
 derivative finds its way through it to x, which with B0 = 0 is not kept.
 """
 
@@ -93,10 +95,21 @@ class LinearizedLoRA(Function):
         return batched(*(everything[i] for i in present)), (0, 0)
 
 
+class EagerLinearizedLoRA(Function):
+    """As LinearizedLoRA, for reverse mode alone."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.forward(*inputs)
+        LinearizedLoRA.setup_context(ctx, inputs, output)
+        return output
+
+    backward = LinearizedLoRA.backward
+
+
 def gradients(gy, gu, x, u, weight, A0, dA, B0, dB, seed, scaling, dropout, needs):
     """Those of x, weight, bias, dA, dB, by kernel where nobody differentiates or batches the backward itself."""
-    looked_into = torch.is_grad_enabled() or in_functorch() or tangent_among((gy, x, u, weight, A0, dA, B0, dB))
-    if gy is None or gu is not None or looked_into:
+    if gy is None or gu is not None or looked_into((gy, x, u, weight, A0, dA, B0, dB)):
         factors = None
         if seed is not None:
             rows = u.shape[:-1]
@@ -107,6 +120,11 @@ def gradients(gy, gu, x, u, weight, A0, dA, B0, dB, seed, scaling, dropout, need
     gweight = sum_of_outer_products(gy, x) if needs[1] else None
     gbias = rows_of(gy).sum(0) if needs[2] else None
     return gx, gweight, gbias, gdA, gdB
+
+
+def looked_into(tensors) -> bool:
+    """Whether somebody differentiates or batches a backward of these tensors, so that no kernel may run."""
+    return torch.is_grad_enabled() or in_functorch() or tangent_among(tensors)
 
 
 class Dual(Function):
@@ -128,7 +146,35 @@ class Dual(Function):
     def backward(ctx, gy0, gdy, gu):
         x, dx, u, weight, A0, dA, B0, dB = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5], ctx.needs_input_grad[7])
-        gx, gdx, gweight, gbias, gdA, gdB = dual_backward_reference(
-            gy0, gdy, gu, x, dx, u, weight, A0, dA, B0, dB, ctx.scaling, needs
+        gx, gdx, gweight, gbias, gdA, gdB = dual_gradients(
+            gy0, gdy, gu, x, dx, u, weight, A0, dA, B0, dB, ctx.scaling, needs, dispatch.dual_backward
         )
         return gx, gdx, gweight, gbias, None, gdA, None, gdB, None
+
+
+class EagerDual(Function):
+    """As Dual, for reverse mode alone."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.dual(*inputs)
+        Dual.setup_context(ctx, inputs, output)
+        return output
+
+    backward = Dual.backward
+
+
+def dual_gradients(gy0, gdy, gu, x, dx, u, weight, A0, dA, B0, dB, scaling, needs, of_adapter):
+    """Those of x, dx, weight, bias, dA, dB; by of_adapter where nobody looks into the backward itself."""
+    everything = (gy0, gdy, x, dx, u, weight, A0, dA, B0, dB)
+    if gdy is None or gu is not None or looked_into(everything):
+        return dual_backward_reference(gy0, gdy, gu, x, dx, u, weight, A0, dA, B0, dB, scaling, needs)
+    wanted = [needs[0], needs[1], needs[4], needs[5]]
+    gx, gdx, gdA, gdB = of_adapter(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, wanted)
+    gweight = gbias = None
+    if needs[2]:
+        gweight = torch.zeros_like(weight) if gy0 is None else sum_of_outer_products(gy0, x)
+        gweight = gweight if dx is None else gweight + sum_of_outer_products(gdy, dx)
+    if needs[3]:
+        gbias = gdy.new_zeros(weight.shape[0]) if gy0 is None else rows_of(gy0).sum(0)
+    return gx, gdx, gweight, gbias, gdA, gdB

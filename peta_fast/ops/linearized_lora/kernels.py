@@ -4,7 +4,8 @@
                the accumulator from the tiles of x that are there anyway. Dual: a second accumulator shares W0's tiles.
     prefill    y <- b + s [p dBᵀ + t B0ᵀ] and p, for a matrix multiplication that adds x W0ᵀ to y
     partials   parts of g B0, g dB (over ranges of columns) and of gᵀ u (over ranges of rows) from one read of g
-    finish     sums the parts in a fixed order: gx <- D(s [v0 dA + (v0 + vd) A0]), gdB = s gᵀ u, and v0 for gdA
+    finish     sums the parts in a fixed order: gx <- D(s [v0 dA + (v0 + vd) A0]), gdB = s gᵀ u, and v0 for gdA.
+               Dual, of g = gdy and w = gy0 B0: gx <- s [v0 dA + (w + vd) A0], gdx <- s v0 A0
     dA         gdA = s v0ᵀ D(x)
 
 No atomics: every sum has one order. Products accumulate in ACC (fp32 on a GPU); with UPCAST operands are taken to ACC
@@ -227,16 +228,18 @@ def partials_kernel(
 
 @triton.jit
 def finish_kernel(
-    p_v, p_gdB_parts, p_A0, p_dA, p_seed, p_gx, p_v0, p_gdB,
+    p_v, p_w, p_gdB_parts, p_A0, p_dA, p_seed, p_gx, p_gdx, p_v0, p_gdB,
     M, N, K, r, scaling, threshold, keep_scale, column_ranges, row_ranges, row_programs, columns_each,
     A0_r, A0_k, dA_r, dA_k,
-    GENERAL: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_GX: tl.constexpr,
+    GENERAL: tl.constexpr, DUAL: tl.constexpr, WITH_W: tl.constexpr, DROPOUT: tl.constexpr,
+    NEEDS_GX: tl.constexpr, NEEDS_GDX: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grid (row_programs + column blocks of gdB,)
 
-    The first row_programs make gx [M, K], each BM rows and columns_each columns, and v0 = g B0 [M, r]; the others add
-    up gdB [N, r]. All three contiguous; columns_each is a multiple of BK.
+    The first row_programs make gx and gdx [M, K], each BM rows and columns_each columns, and v0 = g B0 [M, r]; the
+    others add up gdB [N, r]. All contiguous; columns_each is a multiple of BK.
+    w [column ranges, M, R], with WITH_W: parts of gy0 B0
     """
     pid, ranks = tl.program_id(0), tl.arange(0, R)
     if pid < row_programs:
@@ -250,21 +253,28 @@ def finish_kernel(
             vd += _tile(p_v + part * M * R, rows, ranks, R, 1, M, R)  # [BM, R]
             if GENERAL:
                 v0 += _tile(p_v + (part + 1) * M * R, rows, ranks, R, 1, M, R)  # [BM, R]
+            if WITH_W:
+                vd += _tile(p_w + tl.cast(j, tl.int64) * M * R, rows, ranks, R, 1, M, R)  # [BM, R]
         if GENERAL:
             if first == 0:
                 _store(p_v0, rows, ranks, r, 1, M, r, v0)
-        if NEEDS_GX:
-            narrow: tl.constexpr = p_gx.dtype.element_ty
+        if NEEDS_GX or NEEDS_GDX:
+            narrow: tl.constexpr = p_gx.dtype.element_ty if NEEDS_GX else p_gdx.dtype.element_ty
+            lead = vd if DUAL else v0 + vd
             for k in range(first, tl.minimum(first + columns_each, K), BK):
                 ks = k + tl.arange(0, BK)
                 zero = tl.zeros((BM, BK), dtype=ACC)
-                low = _up((v0 + vd).to(narrow), p_A0, ks, r, A0_k, A0_r, K, zero, R, ACC, UPCAST)
-                if GENERAL:
-                    low = _up(v0.to(narrow), p_dA, ks, r, dA_k, dA_r, K, low, R, ACC, UPCAST)
-                low *= scaling
-                if DROPOUT:
-                    low = tl.where(_kept(p_seed, rows, k, K, threshold, BM, BK), low * keep_scale, 0.0)
-                _store(p_gx, rows, ks, K, 1, M, K, low)
+                if NEEDS_GX:
+                    low = _up(lead.to(narrow), p_A0, ks, r, A0_k, A0_r, K, zero, R, ACC, UPCAST)
+                    if GENERAL:
+                        low = _up(v0.to(narrow), p_dA, ks, r, dA_k, dA_r, K, low, R, ACC, UPCAST)
+                    low *= scaling
+                    if DROPOUT:
+                        low = tl.where(_kept(p_seed, rows, k, K, threshold, BM, BK), low * keep_scale, 0.0)
+                    _store(p_gx, rows, ks, K, 1, M, K, low)
+                if NEEDS_GDX:
+                    low = scaling * _up(v0.to(narrow), p_A0, ks, r, A0_k, A0_r, K, zero, R, ACC, UPCAST)
+                    _store(p_gdx, rows, ks, K, 1, M, K, low)
     else:
         columns = (pid - row_programs) * BN + tl.arange(0, BN)
         acc = tl.zeros((BN, R), dtype=ACC)

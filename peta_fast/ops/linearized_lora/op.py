@@ -10,7 +10,7 @@ Source: Tang et al., ICLR 2024, arXiv:2310.04742.
 
 Three ways into the same formulas, since each of the others fails somewhere without a word:
 - under torch.compile the operators of torch_ops.py, opaque to the tracer; they refuse tangents;
-- in eager mode an autograd.Function, which costs the same 30 µs a call and knows forward AD and vmap besides;
+- in eager mode an autograd.Function, inside transforms and forward AD one that knows them, at 24 µs more a call;
 - inside a transform that neither of them knows, the differentiable plain form of reference.py.
 """
 
@@ -21,10 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peta_fast.ops.linearized_lora import checks, torch_ops
+from peta_fast.ops.linearized_lora import checks, dispatch, torch_ops
 from peta_fast.ops.linearized_lora.dropout import draw_seed
-from peta_fast.ops.linearized_lora.functions import Dual, LinearizedLoRA
-from peta_fast.ops.linearized_lora.modes import in_functorch, tangent_among
+from peta_fast.ops.linearized_lora.functions import Dual, EagerDual, EagerLinearizedLoRA, LinearizedLoRA
+from peta_fast.ops.linearized_lora.modes import in_forward_ad, in_functorch, tangent_among
 from peta_fast.ops.linearized_lora.reference import dropout_factors, dual_reference, forward_reference
 
 
@@ -65,7 +65,10 @@ def linearized_lora(
             return torch_ops.forward(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
         factors = dropout_factors(x, seed, dropout)
         return forward_reference(x, weight, bias, A0, dA, B0, dB, scaling, factors)[0]
-    return LinearizedLoRA.apply(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
+    if in_functorch() or in_forward_ad():
+        return LinearizedLoRA.apply(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
+    way = EagerLinearizedLoRA.apply if torch.is_grad_enabled() else dispatch.forward
+    return way(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout)[0]
 
 
 def linearized_lora_dual(
@@ -93,7 +96,8 @@ def linearized_lora_dual(
         return dual_reference(x, dx, weight, bias, A0, dA, B0, dB, scaling)[:2]
     if torch.compiler.is_compiling():
         return torch_ops.dual(x, dx, weight, bias, A0, dA, B0, dB, scaling)[:2]
-    return Dual.apply(x, dx, weight, bias, A0, dA, B0, dB, scaling)[:2]
+    way = Dual if in_forward_ad() else EagerDual
+    return way.apply(x, dx, weight, bias, A0, dA, B0, dB, scaling)[:2]
 
 
 def in_autocast_dtype(x: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:

@@ -161,12 +161,13 @@ def dual_backward_reference(
 
 
 def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(x.dtype) for t in tensors]
+    dtype = x.dtype
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def rows_of(x: Tensor) -> Tensor:
     """[*, n] -> [rows, n]; a vector is one row. The number of rows is counted, since -1 means nothing where n = 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def sum_of_outer_products(a: Tensor, b: Tensor) -> Tensor:

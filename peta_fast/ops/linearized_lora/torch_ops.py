@@ -3,6 +3,7 @@
     peta_fast::linearized_lora           -> y, u
     peta_fast::linearized_lora_backward  -> gx, gdA, gdB; empty where not asked for
     peta_fast::linearized_lora_dual      -> y0, dy, u
+    peta_fast::linearized_lora_dual_backward -> gx, gdx, gdA, gdB; empty where not asked for
 
 They have no derivative in forward mode. PyTorch would give a tangent of zero there, so they refuse tangents.
 """
@@ -27,6 +28,8 @@ SCHEMAS = {
     " float scaling, float dropout, bool[] needs) -> (Tensor, Tensor, Tensor)",
     "linearized_lora_dual": f"(Tensor x, Tensor? dx, Tensor weight, Tensor? bias, {ADAPTER}, float scaling)"
     " -> (Tensor, Tensor, Tensor)",
+    "linearized_lora_dual_backward": f"(Tensor? gy0, Tensor gdy, Tensor? x, Tensor u, Tensor weight, {ADAPTER},"
+    " float scaling, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -74,6 +77,12 @@ def _dual(x, dx, weight, bias, A0, dA, B0, dB, scaling):
     return dispatch.dual(x, dx, weight, bias, A0, dA, B0, dB, scaling)
 
 
+@torch.library.impl(LIBRARY, "linearized_lora_dual_backward", "CompositeExplicitAutograd")
+def _dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs):
+    found = dispatch.dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs)
+    return tuple(gdy.new_empty(0) if f is None else f.contiguous() for f in found)
+
+
 @torch.library.register_fake("peta_fast::linearized_lora", lib=LIBRARY)
 def _(x, weight, bias, A0, dA, B0, dB, seed, scaling, dropout):
     rows = x.shape[:-1]
@@ -98,6 +107,16 @@ def _(x, dx, weight, bias, A0, dA, B0, dB, scaling):
     return (*wide, x.new_empty(*rows, A0.shape[0]))
 
 
+@torch.library.register_fake("peta_fast::linearized_lora_dual_backward", lib=LIBRARY)
+def _(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs):
+    wide = (gdy.new_empty(*gdy.shape[:-1], weight.shape[1]) if n else gdy.new_empty(0) for n in needs[:2])
+    narrow = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else gdy.new_empty(0)
+        for t, n in zip((dA, dB), needs[2:], strict=True)
+    )  # fmt: skip
+    return (*wide, *narrow)
+
+
 def _gradients(ctx, gy, gu):
     """As functions.gradients, with the adapter's part as an operator where no second derivative is asked for."""
     x, u, weight, A0, dA, B0, dB, seed = ctx.saved_tensors
@@ -115,7 +134,18 @@ def _gradients(ctx, gy, gu):
 
 
 def _dual_gradients(ctx, gy0, gdy, gu):
-    return functions.Dual.backward(ctx, gy0, gdy, gu)
+    """As functions.Dual.backward, with the adapter's part as an operator."""
+    x, dx, u, weight, A0, dA, B0, dB = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5], ctx.needs_input_grad[7])
+    found = functions.dual_gradients(
+        gy0, gdy, gu, x, dx, u, weight, A0, dA, B0, dB, ctx.scaling, needs, _dual_backward_where_asked
+    )
+    return (*found[:4], None, found[4], None, found[5], None)
+
+
+def _dual_backward_where_asked(*arguments):
+    found = torch.ops.peta_fast.linearized_lora_dual_backward(*arguments)
+    return tuple(f if wants else None for f, wants in zip(found, arguments[-1], strict=True))
 
 
 torch.library.register_autograd(
