@@ -15,6 +15,7 @@ _PUBLIC = {
     "add_adapters": "peta_fast.nn",
     "delinearize": "peta_fast.nn",
     "disable_adapter": "peta_fast.nn",
+    "group_projections": "peta_fast.nn",
     "linearize": "peta_fast.nn",
     "load_adapter": "peta_fast.nn",
     "register": "peta_fast.nn",

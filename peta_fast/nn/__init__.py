@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peta_fast.nn.combine import add_adapters, task_vector
+from peta_fast.nn.groups import group_projections
 from peta_fast.nn.linear import LinearizedLoRALinear
 from peta_fast.nn.model import delinearize, disable_adapter, linearize, set_adapter
 from peta_fast.nn.saving import load_adapter, save_adapter
@@ -17,6 +18,6 @@ def register(config):
 
 
 __all__ = [
-    "LinearizedLoRALinear", "LinearizedModel", "add_adapters", "delinearize", "disable_adapter", "linearize",
-    "load_adapter", "register", "save_adapter", "set_adapter", "task_vector",
+    "LinearizedLoRALinear", "LinearizedModel", "add_adapters", "delinearize", "disable_adapter", "group_projections",
+    "linearize", "load_adapter", "register", "save_adapter", "set_adapter", "task_vector",
 ]  # fmt: skip

@@ -4,9 +4,9 @@
 
 Forward: all down-projections from one read of x. Backward: the gradient of x grows in one tensor, which saves the
 G - 1 additions of [M, in] of G single layers; the gradients of dA and dB are those of the single layers.
-On a GPU and beyond FUSED_ROWS rows: 1 + G launches forward (G: cuBLAS), 2 G + 1 backward (G: cuBLAS), and one more for
-each dA; G single layers take 2 G, and 3 G with G - 1 additions. With fewer rows the forward is a fused kernel for each.
-Equal to the single layers to rounding, not bit for bit; dropout's masks are theirs, drawn in the order of `projections`.
+On a GPU and beyond FUSED_ROWS rows: 1 + G launches forward, 2 G + 1 backward and one more for each dA, G of both being
+cuBLAS; G single layers take 2 G, and 3 G with G - 1 additions. With fewer rows the forward is a fused kernel for each.
+Equal to the single layers to rounding, not bit for bit. Dropout's masks are theirs, drawn in the order given.
 Source: Tang et al., ICLR 2024, arXiv:2310.04742.
 """
 

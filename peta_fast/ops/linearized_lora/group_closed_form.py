@@ -55,7 +55,7 @@ def forward(x: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor
 
 
 def down_projections(rows: Tensor, parts: Sequence[Part], downs: Sequence[Tensor]) -> list[Tensor]:
-    """D(x) [rows, in] times each [r or 2r, in], transposed: those without dropout at once, as columns of one product."""
+    """D(x) [rows, in] times each [r or 2r, in], transposed: those without dropout as one product."""
     together = [i for i, part in enumerate(parts) if part.seed is None]
     found: list[Tensor] = [rows] * len(parts)
     if together:

@@ -1,8 +1,7 @@
 """Launches the kernels of several projections of one x: block shapes, grids, and what is left to cuBLAS.
 
-    forward   prefill for up to three at once, then cuBLAS for each: 1 + G; with few rows the fused kernel for each: G
-    backward  partials for each, one finish for up to three at once, cuBLAS for each: 2 G + 1; and dA for each that is not
-              of B0 = 0
+forward   prefill for up to three at once, then cuBLAS for each: 1 + G; with few rows the fused kernel for each: G
+backward  partials for each, one finish for up to three at once, cuBLAS for each: 2 G + 1; and dA for each that has one
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ def backward(
     shape, g0 = gys[given[0]].shape[:-1], gs[given[0]]
     M, K = g0.shape[0], parts[0].A0.shape[1]
     gx = g0.new_empty(M, K) if needs_x else None
-    gdAs = [torch.empty_like(p.dA) if n and g is not None else None for p, n, g in zip(parts, needs_dA, gs, strict=True)]
-    gdBs = [torch.empty_like(p.dB) if n and g is not None else None for p, n, g in zip(parts, needs_dB, gs, strict=True)]
+    gdAs = [torch.empty_like(parts[i].dA) if needs_dA[i] and g is not None else None for i, g in enumerate(gs)]
+    gdBs = [torch.empty_like(parts[i].dB) if needs_dB[i] and g is not None else None for i, g in enumerate(gs)]
     if M:
         for number, piece in enumerate(pieces(len(given))):
             chosen = [given[j] for j in piece]
