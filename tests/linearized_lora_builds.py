@@ -87,7 +87,7 @@ def group_launches(
     def part(N: int) -> Part:
         A0, dB = empty(r, K, dtype=adapter), empty(N, r, dtype=adapter)
         dA, B0 = (torch.empty_like(A0), torch.empty_like(dB)) if general else (None, None)
-        seed = empty(dtype=torch.int64) if dropout else None
+        seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
         return Part(empty(N, K), empty(N), A0, dA, B0, dB, seed, 2.0, dropout)
 
     x, parts, gs = empty(M, K), [part(N) for N in outs], [empty(M, N) for N in outs]

@@ -4,7 +4,7 @@ A group keeps what it computed ahead until the others are called, and hands it o
 same x - the same tensor object at the same version - and nothing that their value depends on has changed: parameters
 (objects, versions, requires_grad), active adapters, training, autocast and grad mode, CUDA stream. Otherwise a layer
 computes alone, and is not computed ahead from that leader again. What was computed ahead is let go of with the last
-member that takes its own, at the latest when the next of them is called.
+member that takes its own, at the latest when one that was called already is called again.
 
 The group steps aside, each layer computing alone: under torch.compile, torch.func and forward AD; under saved-tensor
 hooks, which is what non-reentrant checkpointing is made of (forward and recomputation must save the same tensors); in
@@ -12,7 +12,9 @@ inference mode, whose tensors have no version; for tensors of other types (DTens
 training, whose random numbers would be drawn in another order if a layer turned out to be called with another x; for
 quantized weights; for members with forward pre-hooks; and for whole-model linearization.
 
-One way to go unseen is that of autograd itself: a write through `.data` between two members' calls.
+Why groups are asked for and not found by default: their numbers are the single layers' to rounding, not bit for bit;
+their backward is one, so that two losses of two members need retain_graph=True; and, as for autograd itself, a write
+through `.data` between two members' calls goes unseen.
 """
 
 from __future__ import annotations
@@ -35,12 +37,18 @@ Groups = str | Collection[Collection[str]] | None
 
 
 class Ahead(NamedTuple):
-    """What one call computed for others. state: of x and of the modes; members: index -> (fingerprint, output)."""
+    """What one call computed for others.
+
+    state    of x and of the modes
+    members  place -> (fingerprint, output), of those that have not been called since
+    called   places of those that have
+    """
 
     leader: int
     x: Tensor
     state: tuple
     members: dict[int, tuple[tuple, Tensor]]
+    called: set[int]
 
 
 class ProjectionGroup:
@@ -82,43 +90,47 @@ class ProjectionGroup:
             self.ahead = None
             return None
         state, own = state_of(x), fingerprint(layer, x)
-        found = self._taken(place, x, state, own)
-        if found is not None or own is None:
-            return found
-        self._observe(place, x, state)
+        if self.ahead is not None and place in self.ahead.called:
+            self._let_go()
+        if self.ahead is not None:
+            y = self._taken(place, x, state, own)
+            if y is not None or self.ahead is not None:
+                return y
+        if own is None or self._follows(place, x, state):
+            return None
         return self._computed(place, layer, x, state)
 
-    def _taken(self, place: int, x: Tensor, state: tuple, own: tuple | None) -> Tensor | None:
-        """What was computed ahead for this layer, where it is what the layer would compute now."""
-        ahead = self.ahead
-        if ahead is None:
-            return None
-        fingerprint_then, y = ahead.members.pop(place, (None, None))
-        if not ahead.members:
-            self.ahead = None
-        if y is None:
-            return None
-        if ahead.x is x and ahead.state == state and is_same(fingerprint_then, own):
-            return y
-        self._refuse(ahead.leader, place)
-        return None
+    def _let_go(self) -> None:
+        """Of what nobody took, and will not be computed again."""
+        ahead, self.ahead = self.ahead, None
+        for place in ahead.members:
+            self._refuse(ahead.leader, place)
 
     def _refuse(self, leader: int, place: int) -> None:
         self.followers[leader].discard(place)
         self.refused.add((leader, place))
 
-    def _observe(self, place: int, x: Tensor, state: tuple) -> None:
-        """Learns who is called with the x of whom; what nobody took is let go of, and not computed again."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None:
-            for other in ahead.members:
-                self._refuse(ahead.leader, other)
+    def _taken(self, place: int, x: Tensor, state: tuple, own: tuple | None) -> Tensor | None:
+        """What was computed ahead for this layer, where it is what the layer would compute now."""
+        ahead = self.ahead
+        ahead.called.add(place)
+        then, y = ahead.members.pop(place, (None, None))
+        if not ahead.members:
+            self.ahead = None
+        if y is not None and not (ahead.x is x and ahead.state == state and is_same(then, own)):
+            self._refuse(ahead.leader, place)
+            return None
+        return y
+
+    def _follows(self, place: int, x: Tensor, state: tuple) -> bool:
+        """Whether the layer has the x of the one that led last, which is learned; otherwise it leads now."""
         led = self.led
-        if led is not None and led[0] != place and led[1]() is x and led[2] == state:
-            if (led[0], place) not in self.refused:
-                self.followers[led[0]].add(place)
-        else:
+        if led is None or led[0] == place or led[1]() is not x or led[2] != state:
             self.led = (place, weakref.ref(x), state)
+            return False
+        if (led[0], place) not in self.refused:
+            self.followers[led[0]].add(place)
+        return True
 
     def _computed(self, place: int, layer: nn.Module, x: Tensor, state: tuple) -> Tensor | None:
         """Own y, with those of the followers kept; None where there are none."""
@@ -133,7 +145,7 @@ class ProjectionGroup:
         members = (layer, *(other for other, _ in others.values()))
         y, *ys = linearized_lora_group(x, [projection(member) for member in members])
         kept = {i: (print_of, y_i) for (i, (_, print_of)), y_i in zip(others.items(), ys, strict=True)}
-        self.ahead = Ahead(place, x, state, kept)
+        self.ahead = Ahead(place, x, state, kept, {place})
         return y
 
 

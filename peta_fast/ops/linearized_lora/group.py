@@ -92,6 +92,8 @@ class LinearizedLoRAGroup(Function):
         ctx.set_materialize_grads(False)
         needs = of_parts(ctx.needs_input_grad[2:])
         keeps_x = any(n[WEIGHT] or n[DA] for n in needs)
+        still = [i for i, n in enumerate(needs) if not any(n) and not ctx.needs_input_grad[0]]
+        ctx.mark_non_differentiable(*(output[i + k] for i in still for k in (0, len(needs))))
         biases = [t if i % TENSORS != BIAS else None for i, t in enumerate(tensors)]
         ctx.save_for_backward(x if keeps_x else None, *output[len(ctx.numbers) :], *biases)
 
