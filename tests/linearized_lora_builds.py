@@ -158,5 +158,10 @@ def build_in(folder: str) -> None:
 
 def build_layer(layer: dict, architecture: int, folder: Path) -> dict[str, Build]:
     """The build of every kernel that the layer launches, by name."""
-    found = group_launches(**layer) if "outs" in layer else launches(**layer)
+    return {launched.kernel: build(launched, architecture, folder) for launched in launches(**layer)}
+
+
+def build_group(group: dict, architecture: int, folder: Path) -> dict[str, Build]:
+    """The builds of the kernels that only groups launch, by name."""
+    found = [launched for launched in group_launches(**group) if launched.kernel.startswith("group_")]
     return {launched.kernel: build(launched, architecture, folder) for launched in found}

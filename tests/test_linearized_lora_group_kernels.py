@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 import torch
 from interpreter import run_python
-from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in, build_layer, group_launches
+from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in, build_group, group_launches
 from linearized_lora_group_interpreted import CHECKS
 
 pytest.importorskip("triton")
@@ -36,9 +36,8 @@ GROUPS = {
         "M": 8192, "K": 4096, "outs": outs, "r": r, "general": general, "dropout": dropout, "adapter": adapter,
     }
     for r, outs, general, dropout, adapter in [
-        (16, QKV, False, 0.0, torch.float32), (16, QKV, True, 0.1, torch.bfloat16),
-        (16, GATE_UP, True, 0.1, torch.float32), (64, QKV, True, 0.1, torch.float32),
-        (128, QKV, True, 0.1, torch.float32),
+        (16, QKV, False, 0.0, torch.float32), (16, GATE_UP, True, 0.1, torch.bfloat16),
+        (128, QKV, True, 0.0, torch.float32),
     ]
 }  # fmt: skip
 
@@ -49,14 +48,14 @@ def builds(tmp_path_factory) -> dict[tuple[str, int], Future]:
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for name in GROUPS for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),)) as pool:
-        yield {job: pool.submit(build_layer, GROUPS[job[0]], job[1], folder) for job in jobs}
+        yield {job: pool.submit(build_group, GROUPS[job[0]], job[1], folder) for job in jobs}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("group", GROUPS)
 def test_built_without_spills_within_shared_memory_and_with_matrix_instructions(builds, group, architecture):
     found = builds[group, architecture].result()
-    assert found
+    assert sorted(found) == ["group_finish_kernel", "group_prefill_kernel"]
     for kernel, built in found.items():
         assert (kernel, built.stack, built.local) == (kernel, 0, 0), built
         assert built.shared <= SHARED_LIMIT[architecture], kernel
