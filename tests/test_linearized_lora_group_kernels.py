@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 import torch
 from interpreter import run_python
-from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in, build_group, group_launches
+from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_group, build_in, group_launches
 from linearized_lora_group_interpreted import CHECKS
 
 pytest.importorskip("triton")

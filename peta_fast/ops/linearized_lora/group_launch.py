@@ -28,8 +28,9 @@ def group_prefill_blocks(width: int) -> dict[str, int]:
         return {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
     if width <= 512:
         return {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
-    BK = 32 if width <= 1536 else 16
-    return {"BM": 32, "BN": 64, "BK": BK, "num_warps": 8, "num_stages": 3 if width <= 1024 else 2}
+    if width <= 1536:
+        return {"BM": 32, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3 if width <= 1024 else 2}
+    return {"BM": 16, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
 
 
 def group_partials_blocks(R: int) -> dict[str, int]:
