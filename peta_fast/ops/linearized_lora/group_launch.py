@@ -29,7 +29,8 @@ def group_prefill_blocks(width: int) -> dict[str, int]:
     if width <= 512:
         return {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
     if width <= 1536:
-        return {"BM": 32, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3 if width <= 1024 else 2}
+        BM, stages = (32, 3) if width <= 1024 else (16, 2)
+        return {"BM": BM, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": stages}
     return {"BM": 16, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
 
 
