@@ -6,9 +6,9 @@ Builds the package with what is installed here, runs every test marked `gpu`, me
 linearized LoRA against the jvp, PEFT's LoRA and the bare layer, and both ways of its forward against each other; last,
 what time is left goes to compute-sanitizer. Writes tests.json, sanitizer.json, merges.json, merges.md,
 linearized_lora.json (rows), linearized_lora.md (their table and what went wrong) and, with matplotlib,
-linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. With --tune it first measures block shapes (some two
-minutes), writes them to measured.json and takes them. Needs torch with CUDA, triton, numpy and pytest, nothing else; for
-merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
+linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. With --tune it first measures block shapes (two
+minutes or so), writes them to measured.json and takes them. Needs torch with CUDA, triton, numpy and pytest, nothing
+else; for merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
@@ -178,6 +178,7 @@ def shapes(quick: bool) -> list:
 def measure_all(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], list[str]]:
     """Rows, and what was not measured or is wrong."""
     import torch
+    from lora_groups import Groups
     from lora_layers import Layers
 
     rows, notes = [], []
@@ -194,7 +195,42 @@ def measure_all(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], 
         rows += rows_of_ways(layers, rounds)
         del layers
         torch.cuda.empty_cache()
+    for shape in group_shapes(quick):
+        if time.monotonic() > deadline:
+            notes.append(f"{shape}: not measured, the time was up")
+            continue
+        groups = Groups(shape, "cuda", torch.bfloat16)
+        error = groups.error(groups.ours())
+        if not error < 2.0**-6:
+            notes.append(f"{shape}: not measured, the result is off by {error}")
+            continue
+        rows += rows_of_group(groups, error, rounds)
+        del groups
+        torch.cuda.empty_cache()
     return rows, notes
+
+
+def group_shapes(quick: bool) -> list:
+    """q, k and v, and gate and up, of Llama 8B."""
+    from lora_groups import GroupShape
+
+    if quick:
+        return [GroupShape(512, 512, (512, 128, 128), 16)]
+    qkv = [GroupShape(8192, 4096, (4096, 1024, 1024), 16, general=general) for general in (False, True)]
+    return [*qkv, GroupShape(8192, 4096, (14336, 14336), 16)]
+
+
+def rows_of_group(groups, error: float, rounds: int) -> Iterator[dict]:
+    """Several projections of one x together, as single layers, as PEFT's, and bare, in turns."""
+    kinds = {"group": groups.ours(), "single": groups.single(), "peft": groups.peft(), "bare": groups.bare()}
+    kinds = {name: function for name, function in kinds.items() if function is not None}
+    for passes in ("forward", "forward_backward"):
+        works = {name: getattr(groups, passes)(function) for name, function in kinds.items()}
+        times = in_turns(works, rounds)
+        peaks = {name: peak_bytes(work) for name, work in works.items()}
+        for reference in [name for name in ("single", "peft") if name in works]:
+            details = {"medians": medians(times), "peak_bytes": peaks}
+            yield row(f"group_{passes}", groups.shape, times, "group", reference, "bare", error, details)
 
 
 def rows_of_layer(layers, error: float, rounds: int) -> Iterator[dict]:

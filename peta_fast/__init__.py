@@ -31,6 +31,7 @@ _PUBLIC = {
     "disentangle_checkpoints": "peta_fast.disentangling",
     "disentangle_state_dicts": "peta_fast.disentangling",
     "extract_trained": "peta_fast.nn",
+    "group_projections": "peta_fast.nn",
     "linearize": "peta_fast.nn",
     "load_adapter": "peta_fast.nn",
     "load_trained": "peta_fast.nn",

@@ -80,11 +80,37 @@ def launches(
     return recorded(train)
 
 
+def group_launches(
+    M: int, K: int, outs: tuple[int, ...], r: int, *, general: bool, dropout: float = 0.0, adapter=torch.bfloat16
+) -> list[Launch]:
+    """Of the forward and backward of several projections of one x; bf16, tensors without memory."""
+    from peta_fast.ops.linearized_lora import group_launch
+    from peta_fast.ops.linearized_lora.group_closed_form import Part
+
+    def empty(*size: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def part(N: int) -> Part:
+        A0, dB = empty(r, K, dtype=adapter), empty(N, r, dtype=adapter)
+        dA, B0 = (torch.empty_like(A0), torch.empty_like(dB)) if general else (None, None)
+        seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
+        return Part(empty(N, K), empty(N), A0, dA, B0, dB, seed, 2.0, dropout)
+
+    x, parts, gs = empty(M, K), [part(N) for N in outs], [empty(M, N) for N in outs]
+
+    def train():
+        us = group_launch.forward(x, parts)[1]
+        group_launch.backward(gs, x, us, parts, True, [general] * len(outs), [True] * len(outs))
+
+    return recorded(train)
+
+
 def source_of(launched: Launch):
     """The ASTSource that triton.jit would make of these arguments: 1 and None are constants, multiples of 16 known."""
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"peta_fast.ops.{launched.op}.kernels"), launched.kernel)
+    module = "group_kernels" if launched.kernel.startswith("group_") else "kernels"
+    kernel = getattr(importlib.import_module(f"peta_fast.ops.{launched.op}.{module}"), launched.kernel)
     names = kernel.arg_names
     compiler_options = ("num_warps", "num_stages")
     values = dict(zip(names, launched.arguments, strict=False))
@@ -147,3 +173,9 @@ def build_candidate(kernel: str, blocks: dict[str, int], layer: dict, architectu
     with forced(**{kernel: blocks}):
         found = launches(**layer)
     return build(next(f for f in found if f.kernel == kernel.partition("_")[0] + "_kernel"), architecture, folder)
+
+
+def build_group(group: dict, architecture: int, folder: Path) -> dict[str, Build]:
+    """The builds of the kernels that only groups launch, by name."""
+    found = [launched for launched in group_launches(**group) if launched.kernel.startswith("group_")]
+    return {launched.kernel: build(launched, architecture, folder) for launched in found}

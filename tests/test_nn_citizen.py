@@ -160,7 +160,7 @@ def work(rank, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{{port}}", rank=rank, world_size=2)
     alone = linearized("gaussian").train()
     trained(alone, slice(None))
-    model = linearized("gaussian").train()
+    model = linearized("gaussian"{options}).train()
     {wrap}
     trained(wrapped, slice(2 * rank, 2 * rank + 2))
     expected = {{n: p for n, p in alone.named_parameters() if p.requires_grad}}
@@ -207,9 +207,16 @@ SHARDED_STATE = """
 """
 
 
-@pytest.mark.parametrize(("wrap", "more"), [(DDP, ""), (FSDP2, SHARDED_STATE)], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one(wrap, more, tmp_path):
-    code = TWO_PROCESSES.format(here=str(Path(__file__).parent), wrap=wrap.strip(), more=more.strip())
+GROUPED = ', groups=[["q_proj", "v_proj"]]'
+
+
+@pytest.mark.parametrize(
+    ("wrap", "more", "options"),
+    [(DDP, "", ""), (FSDP2, SHARDED_STATE, ""), (DDP, "", GROUPED), (FSDP2, "", GROUPED)],
+    ids=["ddp", "fsdp2", "ddp-grouped", "fsdp2-grouped"],
+)
+def test_two_processes_train_as_one(wrap, more, options, tmp_path):
+    code = TWO_PROCESSES.format(here=str(Path(__file__).parent), wrap=wrap.strip(), more=more.strip(), options=options)
     script = tmp_path / "two_processes.py"
     script.write_text(textwrap.dedent(code))
     ran = run_code(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")

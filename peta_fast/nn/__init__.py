@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peta_fast.nn.attention_only import attention_only, fused_qkv, separate_qkv
 from peta_fast.nn.combine import add_adapters, task_vector
+from peta_fast.nn.groups import group_projections
 from peta_fast.nn.linear import LinearizedLoRALinear
 from peta_fast.nn.model import delinearize, disable_adapter, linearize, set_adapter
 from peta_fast.nn.saving import load_adapter, save_adapter
@@ -21,7 +22,7 @@ def register(config):
 
 __all__ = [
     "LinearizedLoRALinear", "LinearizedModel", "TangentModel", "add_adapters", "attention_only", "delinearize",
-    "disable_adapter", "extract_trained", "fused_qkv", "linearize", "load_adapter", "load_trained", "register",
-    "save_adapter", "save_trained", "separate_qkv", "set_adapter", "task_vector", "trained_difference",
+    "disable_adapter", "extract_trained", "fused_qkv", "group_projections", "linearize", "load_adapter", "load_trained",
+    "register", "save_adapter", "save_trained", "separate_qkv", "set_adapter", "task_vector", "trained_difference",
     "trained_tensors",
 ]  # fmt: skip

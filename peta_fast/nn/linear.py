@@ -41,6 +41,9 @@ class LinearizedLoRALinear(LinearizedAdapter):
     Raises RecipeError for a rank that does not fit, CompatibilityError for inputs that do not.
     """
 
+    group = None
+    """(ProjectionGroup, place in it) where siblings that take the same x are computed together; see groups.py."""
+
     def __init__(
         self,
         in_features: int,
@@ -306,6 +309,11 @@ class LinearizedLoRALinear(LinearizedAdapter):
             return whole_model.dual_call(self, x, weight, f, adapters[0].dropout)
         if self.training and not torch.is_grad_enabled():
             reentrant.refuse_lost_gradients(self.name, x, adapters[0].delta_B)
+        if self.group is not None and not torch.compiler.is_compiling():
+            group, place = self.group
+            y = group.output(place, self, x)
+            if y is not None:
+                return y
         return linearized_lora(
             x, weight, self.bias, f.A0, f.delta_A, f.B0, f.delta_B, f.scaling, dropout=adapters[0].dropout,
             training=self.training,

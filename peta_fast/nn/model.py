@@ -19,6 +19,7 @@ from peta_fast.formats.peft_adapter import (
 )
 from peta_fast.nn import base_layer
 from peta_fast.nn.adapter import AdapterSpec, LinearizedAdapter
+from peta_fast.nn.groups import Groups, check_groups, group_projections
 from peta_fast.nn.linear import DEFAULT, LinearizedLoRALinear
 from peta_fast.nn.targets import find_targets, is_tail, pattern_value
 from peta_fast.nn.whole_model import LinearizedModel
@@ -44,6 +45,7 @@ def linearize(
     scope: str = "layer",
     adapter_name: str = DEFAULT,
     autocast_adapter_dtype: bool = True,
+    groups: Groups = None,
 ) -> nn.Module:
     """Replaces the targeted Linears by linearized LoRA layers, in place, and returns the model to train.
 
@@ -59,6 +61,9 @@ def linearize(
                      "model": f(x; phi0) + J (phi - phi0), linear in all steps at once; see LinearizedModel
     autocast_adapter_dtype   adapters of a bf16 or fp16 model are kept in fp32, as PEFT does: small steps survive
 
+    groups           siblings that take the same x, computed together: [["q_proj", "k_proj", "v_proj"], ...], or "auto"
+                     to find them; see groups.py for when they step aside. None: each layer alone, bit for bit as before
+
     A model that is linearized already gets a further adapter under another adapter_name; set_adapter makes it active.
     Weight decay acts on the steps: it pulls towards the linearization point.
     Raises RecipeError for names that match nothing and for parameters that do not fit, CompatibilityError for modules
@@ -67,7 +72,10 @@ def linearize(
     if scope not in SCOPES:
         raise RecipeError("linearize", f"scope is {scope!r}, expected 'layer' or 'model'")
     if hasattr(model, "peft_config"):
+        if groups is not None:
+            group_projections(model, groups)
         return linearize_peft(model, target_modules, scope)
+    check_groups(groups)
     inner = model.model if isinstance(model, LinearizedModel) else model
     others = {layer.scope for _, layer in layers(inner)} - {scope}
     if others:
@@ -93,6 +101,8 @@ def linearize(
     freeze(inner, kept)
     for name, module in targets.items():
         put_adapter(inner, name, module, specs[name], adapter_name)
+    if groups is not None:
+        group_projections(inner, groups)
     return with_scope(model, scope)
 
 

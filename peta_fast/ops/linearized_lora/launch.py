@@ -114,7 +114,7 @@ def backward(gy, x, u, weight, A0, dA, B0, dB, seed, scaling, dropout, needs: Se
         gx.addmm_(g, weight)
         gx = gx.view(*gy.shape[:-1], K)
     if gdA is not None:
-        _dA_gradient(v0, rows_of(x), seed, scaling, dropout, gdA)
+        dA_gradient(v0, rows_of(x), seed, scaling, dropout, gdA)
     return gx, gdA, gdB
 
 
@@ -132,7 +132,7 @@ def dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs: Sequen
         tensors = (A0, dA, B0, dB, None, scaling, 0.0)
         v0 = _adapter_gradients(g0, g, rows_of(u), *tensors, gx, of_gdx, gdB, bool(needs[2]), dual=True)
     if gdA is not None:
-        _dA_gradient(v0, rows_of(x), None, scaling, 0.0, gdA)
+        dA_gradient(v0, rows_of(x), None, scaling, 0.0, gdA)
     if gx is not None and g0 is not None:
         gx.addmm_(g0, weight)
     if gdx is not None:
@@ -141,7 +141,7 @@ def dual_backward(gy0, gdy, x, u, weight, A0, dA, B0, dB, scaling, needs: Sequen
     return None if gx is None else gx.view(shape), None if gdx is None else gdx.view(shape), gdA, gdB
 
 
-def _dA_gradient(v0, x, seed, scaling, dropout, gdA):
+def dA_gradient(v0, x, seed, scaling, dropout, gdA):
     """Fills gdA = s v0ᵀ D(x)."""
     (M, K), r = x.shape, v0.shape[1]
     R = padded_rank(r)
