@@ -129,4 +129,4 @@ class FactorsBuffer(Buffer):
 
 
 def _factors_buffer(record: np.ndarray, size: int, owner: Any) -> FactorsBuffer:
-    return FactorsBuffer(record.__array_interface__["data"][0], "FACTORS", size, (record, owner), record)
+    return FactorsBuffer(record.__array_interface__["data"][0], "FACTORS", size, (record, owner), record=record)
