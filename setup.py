@@ -19,7 +19,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-Wall",
          "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 VARIANT_FLAGS = {
-    "_avx2.cpp": ["-mavx2", "-mf16c", "-mpopcnt", "-mbmi"],
+    "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"],
     "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mpopcnt", "-mbmi",
                     "-mprefer-vector-width=512"],
 }  # fmt: skip

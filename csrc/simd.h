@@ -6,6 +6,8 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include "dtype.h"
 
@@ -112,6 +114,27 @@ PF_INLINE vm from_lanes(uint32_t set) {
   return m;
 }
 #endif
+
+// a b + c rounded once, in every variant the same bits.
+#if defined(__AVX512F__)
+PF_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__)
+PF_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__)
+PF_INLINE vf fused(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+typedef double vd __attribute__((vector_size(W * 8)));
+typedef int64_t vl __attribute__((vector_size(W * 8)));
+// The product is exact in double; the sum is rounded to odd there, so that rounding it again does no harm.
+PF_INLINE vf fused(vf a, vf b, vf c) {
+  const vd p = __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd), d = __builtin_convertvector(c, vd);
+  const vd sum = p + d, back = sum - p, error = (p - (sum - back)) + (d - back);
+  const vl bits = (vl)sum, even = (bits & 1) - 1, inexact = (vl)(error < 0.0) | (vl)(error > 0.0);
+  const vl away = 1 + 2 * (vl)(error * sum < 0.0);  // -1 where the exact sum is nearer to zero
+  return __builtin_convertvector((vd)(bits + (away & even & inexact)), vf);
+}
+#endif
+PF_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 PF_INLINE bool all(vm m) { return lanes(m) == lanes(eq(vi{}, vi{})); }
 

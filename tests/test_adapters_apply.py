@@ -124,7 +124,7 @@ def test_several_adapters_are_merged_by_any_method(name, base, pair, tmp_path):
 
 
 def formed_deltas(folder, state) -> dict[str, torch.Tensor]:
-    """An adapter's change of every tensor in fp32, ranks added one by one."""
+    """An adapter's change of every tensor in fp32, ranks added one by one, each rounded once."""
     import math
 
     config, tensors = config_of(folder), stored(folder)
@@ -136,7 +136,7 @@ def formed_deltas(folder, state) -> dict[str, torch.Tensor]:
         scaling = config["lora_alpha"] / (math.sqrt(r) if config["use_rslora"] else r)
         left, total = (scaling * B.double()).float(), torch.zeros(B.shape[0], A.shape[1])
         for k in range(r):
-            total = total + left[:, k : k + 1] * A[k]
+            total = (total.double() + left[:, k : k + 1].double() * A[k].double()).float()
         found[key.removeprefix("base_model.model.").replace("lora_A.", "")] = total
     return found
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from backends import BACKENDS, NATIVE, assert_same_bits, buffer_of, contents, output_of, running_on, store, widen
@@ -23,10 +26,13 @@ def factors_of(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[np.nd
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[rows * columns] fp32, one rank after another, every product and sum rounded."""
+    """[rows * columns] fp32, one rank after another, each product and its sum rounded once.
+
+    In long double, whose second rounding is seen where 40 bits chance to be those of a tie.
+    """
     total = np.zeros((len(left), right.shape[1]), np.float32)
     for k in range(right.shape[0]):
-        total = total + left[:, k : k + 1] * right[k]
+        total = (left[:, k : k + 1].astype(np.longdouble) * right[k] + total).astype(np.float32)
     return total.reshape(-1)
 
 
@@ -50,6 +56,39 @@ def test_elements_are_summed_in_ascending_rank_on_every_backend(shape, origin):
         for backend in BACKENDS:
             for threads in (1, 3):
                 assert_same_bits(formed_on(backend, buffer.slice(start, stop), threads), expected[start:stop], backend)
+
+
+def rounded(exact: Fraction) -> float:
+    """To the nearest float, ties to even, with nothing in between; normal numbers only."""
+    if not exact:
+        return 0.0
+    exponent = math.floor(math.log2(abs(exact)))
+    exponent += (abs(exact) >= Fraction(2) ** (exponent + 1)) - (abs(exact) < Fraction(2) ** exponent)
+    unit = Fraction(2) ** (exponent - 23)
+    return float(round(exact / unit) * unit)
+
+
+def test_a_term_is_rounded_once_where_twice_would_show():
+    """c + a b with a b just above, at and just below half a unit of c, where rounding in double first makes a tie."""
+    rng, rows = np.random.default_rng(3), []
+    for _ in range(400):
+        c = np.float32(rng.uniform(1, 2) * rng.choice([-1, 1]))
+        near = [np.float32(2.0**-12 * (1 + step * 2.0**-23)) for step in rng.integers(-1, 2, 2)]
+        a = np.float32(2.0**-12 * rng.choice([-1, 1]))
+        rows.append((c, near[0] * np.float32(rng.choice([-1, 1])), near[1]))
+        rows.append((c, np.float32(rng.standard_normal()), np.float32(rng.standard_normal())))
+        rows.append((c, a, np.float32(2.0**-12 * (1 + 2.0**-22 * rng.integers(0, 2)))))
+    c, a, b = (np.array(column, np.float32) for column in zip(*rows, strict=True))
+    expected = [rounded(Fraction(float(z)) + Fraction(float(x)) * Fraction(float(y))) for z, x, y in rows]
+    twice = (c.astype(np.float64) + a.astype(np.float64) * b).astype(np.float32)
+    assert (twice != np.array(expected, np.float32)).any(), "no case tells one rounding from two"
+    for i in range(0, len(c), 48):  # [n, n] products whose diagonal is what is asked for
+        part = slice(i, i + 48)
+        left = np.stack([c[part], a[part]], 1)
+        right = np.stack([np.ones(len(left), np.float32), b[part]])
+        for backend in BACKENDS:
+            got = formed_on(backend, FactorsBuffer.of(left, right)).reshape(len(left), -1).diagonal()
+            assert got.tolist() == expected[part], backend
 
 
 def test_a_change_is_told_from_a_tensor():

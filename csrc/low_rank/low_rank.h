@@ -1,6 +1,7 @@
 // A tensor [rows, columns] given by low-rank factors, formed tile by tile and never kept:
 //
-//     t[i, j] = origin[i, j] + sum_k left[i, k] right[k, j]       k ascending, fp32, no FMA: the same bits everywhere
+//     t[i, j] = origin[i, j] + sum_k left[i, k] right[k, j]       k ascending, fp32, each step rounded once
+//                                                          (FMA, or what equals it): the same bits everywhere
 //
 // 2 rank flops an element; a tile's part of `right` stays in the first-level cache while the tile's rows go by.
 #pragma once

@@ -8,7 +8,7 @@ namespace {
 #if defined(__AVX512F__)
 static constexpr int kTall = 6, kWide = 4;  // rows, and vectors of a row, whose sums are held in registers at once
 #else
-static constexpr int kTall = 4, kWide = 2;
+static constexpr int kTall = 6, kWide = 2;
 #endif
 static constexpr int kPackedRank = 256;
 
@@ -21,7 +21,7 @@ PF_INLINE void form_block(const float* left, const float* right, int rank, int64
     for (int c = 0; c < C; ++c) x[c] = load_raw<vf>(right + c * W);
     for (int r = 0; r < R; ++r) {
       const vf l = splat(left[int64_t(r) * rank + k]);
-      for (int c = 0; c < C; ++c) sums[r][c] = sums[r][c] + l * x[c];
+      for (int c = 0; c < C; ++c) sums[r][c] = fused(l, x[c], sums[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) memcpy(out + r * stride, sums[r], sizeof sums[r]);
@@ -30,7 +30,7 @@ PF_INLINE void form_block(const float* left, const float* right, int rank, int64
 PF_INLINE void form_rest(const float* left, const float* right, int rank, int64_t columns, int n, float* out) {
   for (int j = 0; j < n; ++j) {
     float sum = 0.0f;
-    for (int k = 0; k < rank; ++k) sum = sum + left[k] * right[int64_t(k) * columns + j];
+    for (int k = 0; k < rank; ++k) sum = fused(left[k], right[int64_t(k) * columns + j], sum);
     out[j] = sum;
   }
 }

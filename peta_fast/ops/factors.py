@@ -1,5 +1,6 @@
-"""A tensor out of low-rank factors, where it is wanted as a whole: origin + left right, fp32, ranks ascending, no FMA.
+"""A tensor out of low-rank factors, where it is wanted as a whole: origin + left right, in fp32.
 
+Ranks ascending, each product and sum rounded once (FMA or what equals it), so that the bits are the same everywhere.
 2 rank flops an element, 4 bytes written.
 """
 

@@ -49,9 +49,21 @@ def _formed(f, start: int, count: int) -> np.ndarray:
     right = _view(int(f["right"]), np.dtype(F32), rank * columns).reshape(rank, columns)
     total = np.zeros((last - row, columns), F32)
     for k in range(rank):
-        total += left[:, k : k + 1] * right[k]
+        total = _fused(left[:, k : k + 1], right[k], total)
     out = total.reshape(-1)[start - row * columns :][:count]
     return _load(f["origin"], f["origin_dtype"], start, count) + out if f["origin"] else out
+
+
+def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c rounded once to fp32: exact product, sum rounded to odd in fp64, so that rounding again does no harm."""
+    product = a.astype(np.float64) * b
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    bits = total.view(np.int64)
+    odd = np.where(error * total < 0, bits - 1, bits + 1)
+    inexact = (error < 0) | (error > 0)
+    return np.where(inexact & (bits & 1 == 0), odd, bits).view(np.float64).astype(F32)
 
 
 def form_factors(factors, size: int, out, threads: int = 0) -> None:
