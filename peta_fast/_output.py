@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 
 from peta_fast import methods
@@ -37,7 +38,7 @@ from peta_fast.plan import Plan, plan_path
 
 SLACK = 8 << 20
 """Bytes of disk for everything but the shards."""
-VERSION = 2
+VERSION = 3
 """Of what the bytes depend on; older journals are not resumed when it changes."""
 PAGE = 4096
 INDEX = f"model.safetensors{SUFFIX}"
@@ -57,6 +58,7 @@ class Output:
         self.skipped = 0
         self.writers: list[ShardWriter] = []
         self.journal: Journal | None = None
+        self._lock = threading.Lock()
         self.kept = self.publishing = self.created = False
         _refuse_inputs(plan, out)
         self.mark = fingerprint(_what_bytes_depend_on(plan))
@@ -171,12 +173,13 @@ class Output:
         return _not_covered(slabs, sound, self.record.head["shards"])
 
     def write(self, slab: Slab, buffer: Buffer) -> None:
-        """Puts a slab on the disk, then into the journal."""
+        """Puts a slab on the disk, then into the journal; any thread, in any order."""
         padded = min(-(-slab.size // PAGE) * PAGE, buffer.size)
         self.writers[slab.shard].write(slab.start, buffer.as_bytes()[:padded])
         checksum = backend().checksum(buffer.address, slab.size, 1)
-        self.journal.append({"shard": slab.shard, "start": slab.start, "stop": slab.stop, "checksum": checksum})
-        self.kept = True
+        with self._lock:
+            self.journal.append({"shard": slab.shard, "start": slab.start, "stop": slab.stop, "checksum": checksum})
+            self.kept = True
 
     def finish(self) -> None:
         """Everything to the disk, then every name, the config's last."""

@@ -1,7 +1,7 @@
 """Runs a plan: read, merge, write, in bounded memory, so that a kill at any moment loses nothing.
 
 Output slabs are made one after another in file order. All threads work on one slab at a time; a finished one goes to
-a writer thread, past the page cache where the filesystem allows it, while the next is made, and the kernel is asked to
+one of two writer threads, past the page cache where the filesystem allows it, while the next is made, and the kernel is asked to
 read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab, when its
 bytes are about to be read anyway.
 
@@ -30,6 +30,8 @@ from peta_fast.plan import RING, Plan, batch_size
 
 AHEAD = 8
 """Slabs whose inputs the kernel is asked to read ahead when they are not in memory."""
+WRITERS = 2
+"""Threads that write: a solid-state disk is idle between the direct writes of one."""
 
 
 @dataclass(frozen=True)
@@ -297,13 +299,16 @@ class Ring:
 
 
 class _Writer:
-    """Writes slabs in the order they come, on a thread of its own."""
+    """Writes slabs, begun in the order they come, on threads of its own."""
 
     def __init__(self, output: Output, ring: Ring):
         self.output, self.ring = output, ring
         self.slabs: queue.SimpleQueue = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="peta_fast writer", daemon=True)
-        self.thread.start()
+        self.threads = [
+            threading.Thread(target=self._work, name=f"peta_fast writer {i}", daemon=True) for i in range(WRITERS)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def put(self, slab: Slab, buffer: Buffer) -> None:
         self.slabs.put((slab, buffer))
@@ -319,15 +324,16 @@ class _Writer:
             self.ring.give_back(buffer)
 
     def finish(self) -> None:
-        self.slabs.put(None)
-        self.thread.join()
+        self.abandon()
         if self.ring.broken:
             raise self.ring.broken
 
     def abandon(self) -> None:
         """After a fault of the maker: what is queued is still written, its own faults no longer matter."""
-        self.slabs.put(None)
-        self.thread.join()
+        for _ in self.threads:
+            self.slabs.put(None)
+        for thread in self.threads:
+            thread.join()
 
 
 class _Release:
