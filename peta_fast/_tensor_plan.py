@@ -68,6 +68,7 @@ class TensorPlan:
     input_bytes of one reading of its inputs
     beside      where its statistics lie, and what a solver begins from
     solving_bytes  of working memory that a whole-tensor method takes beside the inputs
+    factor_bytes   of working memory that the low-rank factors of its inputs take
     """
 
     name: str
@@ -83,6 +84,7 @@ class TensorPlan:
     input_bytes: int = 0
     beside: BesidePlaces = BesidePlaces()
     solving_bytes: int = 0
+    factor_bytes: int = 0
 
     @property
     def size(self) -> int:

@@ -80,6 +80,23 @@ FACTORS = np.dtype(
      ("origin_dtype", "i4")], align=True
 )  # fmt: skip
 """csrc/low_rank/low_rank.h: a tensor that is formed from low-rank factors when its elements are wanted."""
+PANEL = 64
+"""Columns of the right factor that lie together."""
+
+
+def empty_panels(rank: int, columns: int) -> np.ndarray:
+    """[panels, rank, PANEL] fp32 for a right factor of so many columns; zeros past the last one."""
+    panels = np.empty((-(-columns // PANEL), rank, PANEL), np.float32)
+    panels[columns // PANEL :] = 0
+    return panels
+
+
+def put_in_panels(panels: np.ndarray, ranks: slice, right: np.ndarray) -> None:
+    """Rows `ranks` of the right factor are those of `right` [r, columns]."""
+    whole = right.shape[1] // PANEL
+    panels[:whole, ranks] = right[:, : whole * PANEL].reshape(len(right), whole, PANEL).swapaxes(0, 1)
+    if right.shape[1] % PANEL:
+        panels[whole, ranks, : right.shape[1] % PANEL] = right[:, whole * PANEL :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +133,25 @@ class FactorsBuffer(Buffer):
     @classmethod
     def of(cls, left: np.ndarray, right: np.ndarray, origin: Buffer | None = None) -> FactorsBuffer:
         """left [rows, rank], right [rank, columns]: contiguous fp32; origin: a buffer of rows * columns elements."""
-        wrong = [a for a in (left, right) if a.dtype != np.float32 or not a.flags.c_contiguous]
-        size = left.shape[0] * right.shape[1]
-        if wrong or left.shape[1] != right.shape[0] or (origin is not None and origin.size != size):
+        if right.dtype != np.float32 or not right.flags.c_contiguous:
             raise ValueError(f"factors {left.shape} and {right.shape} do not make the tensor")
+        panels = empty_panels(*right.shape)
+        put_in_panels(panels, slice(None), right)
+        return cls.of_panels(left, panels, right.shape[1], origin)
+
+    @classmethod
+    def of_panels(cls, left: np.ndarray, panels: np.ndarray, columns: int, origin: Buffer | None = None):
+        """left as above; panels of the right factor, filled by `put_in_panels`."""
+        wrong = [a for a in (left, panels) if a.dtype != np.float32 or not a.flags.c_contiguous]
+        size, expected = left.shape[0] * columns, (-(-columns // PANEL), left.shape[1], PANEL)
+        if wrong or panels.shape != expected or (origin is not None and origin.size != size):
+            raise ValueError(f"factors {left.shape} and {panels.shape} in panels do not make the tensor")
         record = np.zeros(1, FACTORS)
-        record["left"], record["right"] = (a.__array_interface__["data"][0] for a in (left, right))
-        record["columns"], record["rank"] = right.shape[1], left.shape[1]
+        record["left"], record["right"] = (a.__array_interface__["data"][0] for a in (left, panels))
+        record["columns"], record["rank"] = columns, left.shape[1]
         if origin is not None:
             record["origin"], record["origin_dtype"] = origin.address, MERGEABLE.index(origin.dtype)
-        return _factors_buffer(record, size, (left, right, origin))
+        return _factors_buffer(record, size, (left, panels, origin))
 
 
 def _factors_buffer(record: np.ndarray, size: int, owner: Any) -> FactorsBuffer:

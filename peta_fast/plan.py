@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,9 +295,11 @@ class _Planner:
             return TensorPlan(
                 a.name, "average", dtype, first.shape, None, a.models, weights, reason=beside, input_bytes=read
             )
+        factors = sum(getattr(info, "factor_bytes", 0) for info in infos)
         return TensorPlan(
-            a.name, "merge", dtype, first.shape, a.base, a.models, values, params, why, costs, read, beside, solving
-        )
+            a.name, "merge", dtype, first.shape, a.base, a.models, values, params, why, costs, read, beside, solving,
+            factors,
+        )  # fmt: skip
 
     def _find_beside(self, params, a: Assignment, info) -> tuple[BesidePlaces | str, int]:
         """Where the tensor's statistics are, or why it has none; and the bytes that solving takes."""
@@ -447,7 +450,20 @@ def _memory(tensors: list[TensorPlan], max_memory: int) -> tuple[int, int]:
 def _peak(tensors: list[TensorPlan], slab: int) -> int:
     together = min(batch_size(slab), merged_size(tensors))
     beside = max((t.costs.memory(t, slab, together) for t in tensors if t.action == "merge"), default=0)
-    return BASIC_MEMORY + RING * slab + beside
+    return BASIC_MEMORY + RING * slab + beside + 2 * _factors(tensors, max(slab, batch_size(slab)))
+
+
+def _factors(tensors: list[TensorPlan], together: int) -> int:
+    """Bytes of low-rank factors that one batch has at most: tensors of so many elements, or parts of two."""
+    most = held = size = 0
+    window: deque[TensorPlan] = deque()
+    for tensor in tensors:
+        window.append(tensor)
+        held, size = held + tensor.factor_bytes, size + tensor.size
+        while len(window) > 2 and size - window[0].size > together:
+            held, size = held - window[0].factor_bytes, size - window.popleft().size
+        most = max(most, held)
+    return most
 
 
 def batch_size(slab: int) -> int:

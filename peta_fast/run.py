@@ -1,15 +1,16 @@
 """Runs a plan: read, merge, write, in bounded memory, so that a kill at any moment loses nothing.
 
 Output slabs are made one after another in file order. All threads work on one slab at a time; a finished one goes to
-one of two writer threads, past the page cache where the filesystem allows it, while the next is made, and the kernel is asked to
-read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab, when its
-bytes are about to be read anyway.
+one of two writer threads, past the page cache where the filesystem allows it, while the next is made, and the kernel is
+asked to read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab, when
+its bytes are about to be read anyway.
 
 Files appear at the end: shards, index, other files, config last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import queue
@@ -156,12 +157,15 @@ def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab],
     writer = _Writer(output, ring)
     reader = ReadAhead(plan)
     batches = Batches(plan, content, pending)
-    release = _Release(plan)
+    release, factors = _Release(plan), _FactorsAhead(plan)
     try:
         for i, slab in enumerate(pending):
             for ahead in pending[i : i + 1 + AHEAD] if reader.needed else ():
                 reader.ask(content.parts(ahead))
-            engine.get_ready(batches.beginning_at(i))
+            if fresh := batches.beginning_at(i):
+                factors.stop_preparing()
+                engine.get_ready(fresh)
+                factors.prepare(batches.following())
             buffer = ring.take()
             parts = content.parts(slab)
             _fill(engine, parts, buffer, slab.size)
@@ -174,6 +178,7 @@ def _make_slabs(plan: Plan, engine: Engine, output: Output, pending: list[Slab],
         writer.abandon()
         raise
     finally:
+        factors.finish()
         release.finish()
     writer.finish()
 
@@ -191,15 +196,24 @@ class Batches:
         """The tensors of the batch that begins with the i-th slab; none where a batch is under way."""
         if i < self.stop:
             return []
-        self.tensors, size = {}, 0
-        while self.stop < len(self.pending):
-            found = {p.tensor.name: p.tensor for p in self.content.parts(self.pending[self.stop])}
-            fresh = sum(t.size for name, t in found.items() if name not in self.tensors)
-            if self.stop > i and fresh and size + fresh > self.limit:
-                break
-            self.tensors.update(found)
-            size, self.stop = size + fresh, self.stop + 1
+        self.tensors, self.stop = self._from(i)
         return list(self.tensors.values())
+
+    def following(self) -> list[TensorPlan]:
+        """The tensors of the batch after the one under way."""
+        return list(self._from(self.stop)[0].values())
+
+    def _from(self, i: int) -> tuple[dict[str, TensorPlan], int]:
+        """The tensors of the batch that begins with the i-th slab, and the slab after it."""
+        tensors, size, stop = {}, 0, i
+        while stop < len(self.pending):
+            found = {p.tensor.name: p.tensor for p in self.content.parts(self.pending[stop])}
+            fresh = sum(t.size for name, t in found.items() if name not in tensors)
+            if stop > i and fresh and size + fresh > self.limit:
+                break
+            tensors.update(found)
+            size, stop = size + fresh, stop + 1
+        return tensors, stop
 
     def needed_after(self, i: int) -> set[str]:
         """The names of tensors that later slabs of this batch, or the next slab, still need."""
@@ -360,6 +374,43 @@ class _Release:
     def finish(self) -> None:
         self.tensors.put(None)
         self.thread.join()
+
+
+class _FactorsAhead:
+    """Gets low-rank factors of the next batch ready, on a thread of its own, while this one is merged.
+
+    What goes wrong here goes wrong again where the factors are wanted, and is told there.
+    """
+
+    def __init__(self, plan: Plan):
+        self.sources = {ref: source for ref, source in plan.sources.items() if hasattr(source, "prepare")}
+        self.places: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = None
+        if self.sources:
+            self.thread = threading.Thread(target=self._work, name="peta_fast factors", daemon=True)
+            self.thread.start()
+
+    def prepare(self, tensors: list[TensorPlan]) -> None:
+        for ref, name in dict.fromkeys(place for t in tensors if t.action == "merge" for place in t.inputs):
+            if ref in self.sources:
+                self.places.put((ref, name))
+
+    def stop_preparing(self) -> None:
+        """What has not been begun stays undone: whoever asks for it now does it."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.places.get_nowait()
+
+    def _work(self) -> None:
+        while (place := self.places.get()) is not None:
+            with contextlib.suppress(Exception):
+                self.sources[place[0]].prepare(place[1])
+
+    def finish(self) -> None:
+        if self.thread is not None:
+            self.stop_preparing()
+            self.places.put(None)
+            self.thread.join()
 
 
 class ReadAhead:

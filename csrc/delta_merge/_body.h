@@ -278,6 +278,34 @@ MergeChunk general_loop(const Rule& rule) {
   return extreme ? merge_chunk<false, true> : merge_chunk<false, false>;
 }
 
+// One model as it is, in fp32 (formed factors) or in the output's dtype: rounded, looked at, stored.
+template <int32_t kDtype, bool kWidened>
+bool keep_chunk(const Chunk& c, const Piece&, const Task*, const Rule&, const Scratch&, bool stream) {
+  using L = Lanes<kDtype>;
+  constexpr int V = L::kVectors;
+  typename L::Largest largest{};
+  for (int i = 0; i < c.n; i += V * W) {
+    vf x[V];
+    if (!kWidened) L::load_at(c.views[0].x, i, x, true);
+    for (int v = 0; v < V && kWidened; ++v) x[v] = load_raw<vf>((const float*)c.views[0].x + i + v * W);
+    L::store_at(c.out, i, x, stream, largest);
+  }
+  return L::finite(largest);
+}
+
+// Null where the output is no such model.
+MergePlainChunk keep_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
+  const Task& k = tasks[0];
+  if (piece.tasks != 1 || rule.base_kind != kBaseZero || rule.elect != kElectNone || rule.aggregate != kSum) return nullptr;
+  if (rule.divide != kDivideConstant || rule.divisor != 1.0f || rule.scaling != 1.0f || rule.floor != 0.0f) return nullptr;
+  if (k.keep != kKeepAll || k.mask || k.weights || k.prescale != 1.0f || k.by_probability || k.weight != 1.0f) return nullptr;
+  if (piece.out_dtype == kBF16 && k.dtype == kF32) return keep_chunk<kBF16, true>;
+  if (piece.out_dtype == kBF16 && k.dtype == kBF16) return keep_chunk<kBF16, false>;
+  if (piece.out_dtype == kF16 && k.dtype == kF32) return keep_chunk<kF16, true>;
+  if (piece.out_dtype == kF16 && k.dtype == kF16) return keep_chunk<kF16, false>;
+  return piece.out_dtype == kF32 && k.dtype == kF32 ? keep_chunk<kF32, true> : nullptr;
+}
+
 bool is_plain(const Piece& piece, const Task* tasks, const Rule& rule) {
   if (rule.base_kind != kBaseTensor || rule.aggregate != kSum || rule.floor != 0.0f || !piece.tasks) return false;
   const bool ties = rule.elect == kElectWeighted && rule.divide == kDivideAgreeingWeight;
@@ -317,7 +345,7 @@ MergePlainChunk plain_loop(const Rule& rule, const Task* all, int tasks) {
 
 // Null where only the general loop serves.
 MergePlainChunk plain_loop_for(const Piece& piece, const Task* tasks, const Rule& rule) {
-  if (!is_plain(piece, tasks, rule)) return nullptr;
+  if (!is_plain(piece, tasks, rule)) return keep_loop_for(piece, tasks, rule);
   const bool top = tasks[0].keep == kKeepTop;
   if (piece.out_dtype == kBF16) return (top ? plain_loop<kBF16, true> : plain_loop<kBF16, false>)(rule, tasks, piece.tasks);
   if (piece.out_dtype == kF16) return (top ? plain_loop<kF16, true> : plain_loop<kF16, false>)(rule, tasks, piece.tasks);

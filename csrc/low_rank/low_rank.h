@@ -3,14 +3,16 @@
 //     t[i, j] = origin[i, j] + sum_k left[i, k] right[k, j]       k ascending, fp32, each step rounded once
 //                                                          (FMA, or what equals it): the same bits everywhere
 //
-// 2 rank flops an element; a tile's part of `right` stays in the first-level cache while the tile's rows go by.
+// 2 rank flops an element. `right` lies in panels, each of which stays in the first-level cache while a tile's rows go by.
 #pragma once
 #include <cstdint>
 
 #include "../dtype.h"
 
+static constexpr int kPanel = 64;  // columns
+
 struct Factors {
-  uint64_t left, right;     // fp32 [rows, rank], fp32 [rank, columns]
+  uint64_t left, right;     // fp32 [rows, rank], fp32 [ceil(columns / kPanel), rank, kPanel], zeros past the last column
   uint64_t origin;          // 0, or the first element of the tensor that the product is added to
   int64_t columns, first;   // first: flat index, within the tensor, of element 0 of this run
   int32_t rank, origin_dtype;

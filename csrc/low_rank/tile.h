@@ -1,5 +1,7 @@
 // The loops that form elements of a low-rank product, for variant files.
 #pragma once
+#include <algorithm>
+
 #include "../simd.h"
 #include "low_rank.h"
 
@@ -10,61 +12,67 @@ static constexpr int kTall = 6, kWide = 4;  // rows, and vectors of a row, whose
 #else
 static constexpr int kTall = 6, kWide = 2;
 #endif
-static constexpr int kPackedRank = 256;
+static_assert(kPanel % (kWide * W) == 0, "a panel is a whole number of blocks");
 
-// out[r][0..C * W) of R rows, `stride` elements apart, from column j of right on.
-template <int R, int C>
-PF_INLINE void form_block(const float* left, const float* right, int rank, int64_t columns, float* out, int64_t stride) {
-  vf sums[R][C] = {};
-  for (int k = 0; k < rank; ++k, right += columns) {
-    vf x[C];
-    for (int c = 0; c < C; ++c) x[c] = load_raw<vf>(right + c * W);
-    for (int r = 0; r < R; ++r) {
-      const vf l = splat(left[int64_t(r) * rank + k]);
-      for (int c = 0; c < C; ++c) sums[r][c] = fused(l, x[c], sums[r][c]);
+// out[r][0..kPanel) of R rows, `stride` elements apart. The next panel is on its way to the cache meanwhile.
+template <int R>
+PF_INLINE void form_block(const float* left, const float* panel, int rank, float* out, int64_t stride) {
+  for (int j = 0; j < kPanel; j += kWide * W) {
+    vf sums[R][kWide] = {};
+    const float* x = panel + j;
+    for (int k = 0; k < rank; ++k, x += kPanel) {
+      vf right[kWide];
+      for (int c = 0; c < kWide; ++c) right[c] = load_raw<vf>(x + c * W);
+      for (int at = 0; at < kWide * W; at += 16) prefetch(x + int64_t(rank) * kPanel + at);
+      for (int r = 0; r < R; ++r) {
+        const vf l = splat(left[int64_t(r) * rank + k]);
+        for (int c = 0; c < kWide; ++c) sums[r][c] = fused(l, right[c], sums[r][c]);
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) memcpy(out + r * stride, sums[r], sizeof sums[r]);
-}
-
-PF_INLINE void form_rest(const float* left, const float* right, int rank, int64_t columns, int n, float* out) {
-  for (int j = 0; j < n; ++j) {
-    float sum = 0.0f;
-    for (int k = 0; k < rank; ++k) sum = fused(left[k], right[int64_t(k) * columns + j], sum);
-    out[j] = sum;
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kWide; ++c) memcpy(out + r * stride + j + c * W, &sums[r][c], sizeof(vf));
   }
 }
 
-// Columns [begin, end) of one row.
-PF_INLINE void form_row(const Factors& f, int64_t row, int64_t begin, int64_t end, float* out) {
-  const float *left = (const float*)f.left + row * f.rank, *right = (const float*)f.right;
-  int64_t j = begin;
-  for (; j + 8 * W <= end; j += 8 * W) form_block<1, 8>(left, right + j, f.rank, f.columns, out + (j - begin), 0);
-  for (; j + W <= end; j += W) form_block<1, 1>(left, right + j, f.rank, f.columns, out + (j - begin), 0);
-  form_rest(left, right + j, f.rank, f.columns, int(end - j), out + (j - begin));
+// A panel's part of some rows.
+template <int R = kTall>
+PF_INLINE void form_rows(const float* left, const float* panel, int64_t rows, int rank, float* out, int64_t stride) {
+  for (; rows >= R; rows -= R, left += int64_t(R) * rank, out += R * stride)
+    form_block<R>(left, panel, rank, out, stride);
+  if constexpr (R > 1) form_rows<R - 1>(left, panel, rows, rank, out, stride);
 }
 
-// Whole rows [begin, end): columns outside, so that each part of right is read from the first-level cache.
-PF_INLINE void form_rows(const Factors& f, int64_t begin, int64_t end, float* out) {
-  const float *left = (const float*)f.left, *right = (const float*)f.right;
-  const int64_t columns = f.columns;
-  alignas(64) float packed[kPackedRank * kWide * W];  // rows of a power of two apart would share the cache's few sets
-  const bool packs = f.rank <= kPackedRank && end - begin > kTall;
-  int64_t j = 0;
-  for (; j + kWide * W <= columns; j += kWide * W) {
-    const float* part = right + j;
-    int64_t stride = columns;
-    if (packs) {
-      for (int k = 0; k < f.rank; ++k) memcpy(packed + k * kWide * W, part + k * columns, kWide * W * sizeof(float));
-      part = packed, stride = kWide * W;
+// Columns [from, to) of a panel, of one row.
+PF_INLINE void form_part(const float* left, const float* panel, int rank, int64_t from, int64_t to, float* out) {
+  alignas(64) float whole[kPanel];
+  form_block<1>(left, panel, rank, whole, kPanel);
+  memcpy(out, whole + from, size_t(to - from) * sizeof(float));
+}
+
+// Elements [start, stop) of the tensor. Panels outside, so that each is read from the first-level cache; the first and
+// the last row may want a part of one, and the last panel may be narrower than it is stored.
+PF_INLINE void form_run(const Factors& f, int64_t start, int64_t stop, float* out) {
+  const float* const left = (const float*)f.left;
+  const int64_t columns = f.columns, first = start / columns, last = (stop - 1) / columns;
+  const int64_t head = start - first * columns, tail = stop - last * columns;  // the first row from, the last row up to
+  const auto place = [&](int64_t row, int64_t column) { return out + ((row - first) * columns + column - head); };
+  const int64_t past = first == last ? tail : columns;
+  for (int64_t j = first == last ? head / kPanel * kPanel : 0; j < past; j += kPanel) {
+    const float* const panel = (const float*)f.right + j * f.rank;
+    const int64_t next = std::min(j + kPanel, columns);
+    int64_t begin = first, end = last + 1;
+    const auto part = [&](int64_t row) {
+      const int64_t from = row == first ? std::max(j, head) : j, to = row == last ? std::min(next, tail) : next;
+      if (from < to) form_part(left + row * f.rank, panel, f.rank, from - j, to - j, place(row, from));
+    };
+    if (next - j < kPanel) {
+      for (int64_t row = first; row <= last; ++row) part(row);
+      continue;
     }
-    int64_t i = begin;
-    for (; i + kTall <= end; i += kTall)
-      form_block<kTall, kWide>(left + i * f.rank, part, f.rank, stride, out + (i - begin) * columns + j, columns);
-    for (; i < end; ++i)
-      form_block<1, kWide>(left + i * f.rank, part, f.rank, stride, out + (i - begin) * columns + j, columns);
+    if (head > j) part(begin++);
+    if (tail < next && end > begin) part(--end);
+    form_rows(left + begin * f.rank, panel, end - begin, f.rank, place(begin, j), columns);
   }
-  for (int64_t i = begin; i < end && j < columns; ++i) form_row(f, i, j, columns, out + (i - begin) * columns + j);
 }
 
 PF_INLINE void add_origin(const Factors& f, int64_t begin, int64_t n, float* out) {
@@ -89,16 +97,8 @@ PF_INLINE void add_origin(const Factors& f, int64_t begin, int64_t n, float* out
 
 PF_INLINE void form_tile(const Factors& f, int64_t begin, int64_t n, float* out) {
   if (n <= 0) return;
-  const int64_t start = f.first + begin, stop = start + n, columns = f.columns;
-  const int64_t row = start / columns, last = (stop - 1) / columns;
-  if (row == last) {
-    form_row(f, row, start - row * columns, stop - row * columns, out);
-  } else {
-    const int64_t whole = start % columns ? row + 1 : row, end = stop % columns ? last : last + 1;
-    if (whole > row) form_row(f, row, start - row * columns, columns, out);
-    form_rows(f, whole, end, out + (whole * columns - start));
-    if (end == last) form_row(f, last, 0, stop - last * columns, out + (last * columns - start));
-  }
+  const int64_t start = f.first + begin;
+  form_run(f, start, start + n, out);
   if (f.origin) add_origin(f, start, n, out);
 }
 

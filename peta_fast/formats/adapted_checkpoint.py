@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peta_fast.buffers import MERGEABLE, Buffer, FactorsBuffer
+from peta_fast.buffers import MERGEABLE, Buffer, FactorsBuffer, empty_panels, put_in_panels
 from peta_fast.errors import CompatibilityError
 from peta_fast.formats.checkpoint import Checkpoint
 from peta_fast.formats.lora_adapter import LoraAdapter, LoraModule
@@ -30,7 +30,8 @@ from peta_fast.formats.tensor_index import TensorInfo
 class AdaptedTensor:
     """What the header of a changed tensor would say.
 
-    read_bytes  that forming it reads beside the base's tensor
+    read_bytes    that forming it reads beside the base's tensor
+    factor_bytes  of memory that its factors take meanwhile
     """
 
     name: str
@@ -38,6 +39,7 @@ class AdaptedTensor:
     shape: tuple[int, ...]
     file: Path
     read_bytes: int = 0
+    factor_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -62,7 +64,7 @@ class AdaptedCheckpoint:
             self._apply(adapter, weight)
         self.tensors, self.aliases = self._names()
         self.config = self._untied_config()
-        self._formed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._formed: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
         self._lock = threading.Lock()
 
     # What the adapters change
@@ -156,10 +158,11 @@ class AdaptedCheckpoint:
         if not changes and name not in self.replaced:
             return info if name == info.name else AdaptedTensor(name, info.dtype, info.shape, info.file)
         read = sum(a.stored_info(key).nbytes for a, _, m, _ in changes for key in (m.A, m.B))
+        factors = sum(4 * m.rank * sum(m.shape) for _, _, m, _ in changes)
         if name not in self.replaced:
-            return AdaptedTensor(name, info.dtype, info.shape, changes[0][0].files[0], read)
+            return AdaptedTensor(name, info.dtype, info.shape, changes[0][0].files[0], read, factors)
         mine = self.replaced[name].info(name)
-        return AdaptedTensor(name, mine.dtype, info.shape, mine.file, read)
+        return AdaptedTensor(name, mine.dtype, info.shape, mine.file, read, factors)
 
     def _untied_config(self) -> dict:
         config = dict(self.base.config)
@@ -173,7 +176,7 @@ class AdaptedCheckpoint:
         """Elements [start, stop): of the base, of an adapter, or a FactorsBuffer over one of the two."""
         if name not in self.changed:
             return self._origin(name, start, stop)
-        found = FactorsBuffer.of(*self._sides(name), self._origin(name))
+        found = FactorsBuffer.of_panels(*self._sides(name), self._origin(name))
         return found.slice(start, found.size if stop is None else stop)
 
     def change(self, name: str, base: object, base_name: str) -> FactorsBuffer | None:
@@ -182,7 +185,7 @@ class AdaptedCheckpoint:
         is_same = base is self.base and self.base.aliases.get(base_name, base_name) == stored
         if not is_same or name not in self.changed or name in self.replaced:
             return None
-        return FactorsBuffer.of(*self._sides(name))
+        return FactorsBuffer.of_panels(*self._sides(name))
 
     def _origin(self, name: str, start: int = 0, stop: int | None = None) -> Buffer:
         return self.origin_of(name).buffer(name, start, stop)
@@ -191,27 +194,32 @@ class AdaptedCheckpoint:
         """Whose bytes a tensor, or what a change is added to, is."""
         return self.replaced.get(name) or self.base
 
-    def _sides(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """left [rows, ranks], right [ranks, columns] of all adapters, side by side in their order."""
+    def _sides(self, name: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """left [rows, ranks], right [ranks, columns] in panels, columns; all adapters side by side in their order."""
         with self._lock:
             if name not in self._formed:
                 self._formed[name] = self._stacked(name)
             return self._formed[name]
 
-    def _stacked(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _stacked(self, name: str) -> tuple[np.ndarray, np.ndarray, int]:
         changes = self.changed[name]
         ranks = sum(module.rank for _, _, module, _ in changes)
         first = changes[0]
         rows, columns = first[2].shape[::-1] if first[3] else first[2].shape
-        lefts, rights, done = np.empty((rows, ranks), np.float32), np.empty((ranks, columns), np.float32), 0
+        lefts, rights, done = np.empty((rows, ranks), np.float32), empty_panels(ranks, columns), 0
         for adapter, weight, module, turns in changes:
             A, B = adapter.factors(module, copy=False)
             left, right = (A.T, B.T) if turns else (B, A)
             mine = slice(done, done + module.rank)
             np.multiply(left, weight * module.scaling, out=lefts[:, mine], dtype=np.float64, casting="same_kind")
-            rights[mine] = right
+            put_in_panels(rights, mine, right)
             done += module.rank
-        return lefts, rights
+        return lefts, rights, columns
+
+    def prepare(self, name: str) -> None:
+        """Gets the factors of a changed tensor ready, ahead of `buffer`; any thread."""
+        if name in self.changed:
+            self._sides(name)
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         if name not in self.replaced:

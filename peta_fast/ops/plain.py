@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peta_fast.buffers import FACTORS
+from peta_fast.buffers import FACTORS, PANEL
 from peta_fast.ops import records as r
 
 CHUNK = 1 << 18
@@ -46,7 +46,9 @@ def _formed(f, start: int, count: int) -> np.ndarray:
         return np.empty(0, F32)
     row, last = start // columns, (start + count - 1) // columns + 1
     left = _view(int(f["left"]) + row * rank * 4, np.dtype(F32), (last - row) * rank).reshape(-1, rank)
-    right = _view(int(f["right"]), np.dtype(F32), rank * columns).reshape(rank, columns)
+    panels = -(-columns // PANEL)
+    right = _view(int(f["right"]), np.dtype(F32), panels * rank * PANEL).reshape(panels, rank, PANEL)
+    right = right.swapaxes(0, 1).reshape(rank, -1)[:, :columns]
     total = np.zeros((last - row, columns), F32)
     for k in range(rank):
         total = _fused(left[:, k : k + 1], right[k], total)
