@@ -245,6 +245,19 @@ PF_INLINE vu bf16_pair(vf canonical_even, vf canonical_odd) {
   return (round_to_bf16(canonical_even) >> 16) | (round_to_bf16(canonical_odd) & 0xffff0000u);
 }
 
+// The same of two vectors that follow one another.
+PF_INLINE vu bf16_in_order(vf first, vf second) {
+#if defined(__AVX512F__)
+  const vs iota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  const __m512i upper_halves = (__m512i)(iota * 2 + 1);
+  return (vu)_mm512_permutex2var_epi16((__m512i)round_to_bf16(first), upper_halves, (__m512i)round_to_bf16(second));
+#else
+  const vh halves[2] = {narrow_32(round_to_bf16(first) >> 16), narrow_32(round_to_bf16(second) >> 16)};
+  return load_raw<vu>(halves);
+#endif
+}
+
 PF_INLINE vh to_f16(vf canonical_x) {
 #if defined(__AVX512F__)
   return (vh)_mm512_cvtps_ph((__m512)canonical_x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

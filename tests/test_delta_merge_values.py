@@ -176,6 +176,19 @@ def test_a_single_bad_input_anywhere_is_flagged(value, where):
             assert outcome.nonfinite & NONFINITE_INPUT, f"{where}[{place}]"
 
 
+@pytest.mark.parametrize("dtype, out_dtype", [("F32", "BF16"), ("F32", "F16"), ("F32", "F32"), ("BF16", "BF16")])
+def test_a_single_nan_in_a_model_taken_as_it_is_is_flagged(dtype, out_dtype):
+    """One whose rounding would carry into the sign, among whole chunks and in a tail."""
+    for place in (0, 1, 31, 511, 512, 1023, 1039):
+        x = store(np.ones(1040), dtype)
+        x.view(np.uint16 if dtype == "BF16" else np.uint32)[place] = 0x7FFF if dtype == "BF16" else 0x7FFFFFFF
+        outcome = same_records_on_every_backend(
+            [{"x": Stored(x, dtype)}], {"base_kind": r.BASE_ZERO}, size=1040, out_dtype=out_dtype
+        )
+        assert outcome.nonfinite == NONFINITE_INPUT | NONFINITE_RESULT
+        assert np.flatnonzero(np.isnan(widen(outcome.out, out_dtype))).tolist() == [place]
+
+
 def test_finite_inputs_are_not_flagged():
     """The largest finite fp32 is no infinity; neither is what happens in the padding of a tail."""
     largest = np.full(531, np.finfo(np.float32).max)

@@ -314,10 +314,13 @@ def test_a_merge_can_be_merged_again_and_verified(family, tmp_path):
 def test_the_next_slab_is_made_while_one_is_written(tiled, tmp_path, monkeypatch):
     folder, *_ = tiled
     filled, fill = threading.Semaphore(0), _engine.Engine.fill
-    write, waited = _output.Output.write, []
+    write, begun, waited, lock = _output.Output.write, [], [], threading.Lock()
 
     def write_after_the_next_fill(self, slab, buffer):
-        if not waited:
+        with lock:
+            begun.append(slab)
+            is_first = len(begun) == 1
+        if is_first:
             waited.append(filled.acquire(timeout=20) and filled.acquire(timeout=20))
         write(self, slab, buffer)
 
@@ -329,6 +332,21 @@ def test_the_next_slab_is_made_while_one_is_written(tiled, tmp_path, monkeypatch
     monkeypatch.setattr(_engine.Engine, "fill", counted_fill)
     merge(folder, tmp_path / "out", max_memory=10 << 20)
     assert waited == [True]
+
+
+def test_two_slabs_are_written_at_once(tiled, tmp_path, monkeypatch):
+    folder, *_ = tiled
+    write, both, together = _output.Output.write, threading.Barrier(2, timeout=20), []
+
+    def write_with_another(self, slab, buffer):
+        if len(together) < 2:
+            both.wait()
+            together.append(slab)
+        write(self, slab, buffer)
+
+    monkeypatch.setattr(_output.Output, "write", write_with_another)
+    report = merge(folder, tmp_path / "out", max_memory=10 << 20)
+    assert len(together) >= 2 and report.bytes_written > 0 and verify(tmp_path / "out") == []
 
 
 def test_inputs_that_are_not_in_memory_are_asked_for_before_they_are_needed(tiled, tmp_path, monkeypatch):

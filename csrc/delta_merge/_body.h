@@ -140,15 +140,18 @@ struct Lanes {
     if constexpr (kDtype != kBF16) {
       largest = max_i(largest, store(p, kDtype, i, v[0]));
     } else {
-      const vu pair = bf16_pair(v[0], v[1]);
-      largest = max_s(largest, (vs)(pair & 0x7fff7fffu));
-#if defined(__AVX512F__)
-      if (stream) return _mm512_stream_si512((__m512i*)((uint16_t*)p + i), (__m512i)pair);
-#else
-      (void)stream;
-#endif
-      memcpy((uint16_t*)p + i, &pair, sizeof pair);
+      store_pair((uint16_t*)p + i, bf16_pair(v[0], v[1]), stream, largest);
     }
+  }
+
+  PF_INLINE void store_pair(uint16_t* p, vu pair, bool stream, vs& largest) {
+    largest = max_s(largest, (vs)(pair & 0x7fff7fffu));
+#if defined(__AVX512F__)
+    if (stream) return _mm512_stream_si512((__m512i*)p, (__m512i)pair);
+#else
+    (void)stream;
+#endif
+    memcpy(p, &pair, sizeof pair);
   }
 
   PF_INLINE bool finite(Largest largest) {
@@ -284,13 +287,18 @@ bool keep_chunk(const Chunk& c, const Piece&, const Task*, const Rule&, const Sc
   using L = Lanes<kDtype>;
   constexpr int V = L::kVectors;
   typename L::Largest largest{};
+  vi magnitude{};  // in fp32, whose NaN may be any, so that rounding could make it a number
   for (int i = 0; i < c.n; i += V * W) {
     vf x[V];
     if (!kWidened) L::load_at(c.views[0].x, i, x, true);
-    for (int v = 0; v < V && kWidened; ++v) x[v] = load_raw<vf>((const float*)c.views[0].x + i + v * W);
-    L::store_at(c.out, i, x, stream, largest);
+    for (int v = 0; v < V && kWidened; ++v) {
+      x[v] = load_raw<vf>((const float*)c.views[0].x + i + v * W);
+      magnitude = max_i(magnitude, abs_bits(x[v]));
+    }
+    if constexpr (kWidened && kDtype == kBF16) L::store_pair((uint16_t*)c.out + i, bf16_in_order(x[0], x[1]), stream, largest);
+    else L::store_at(c.out, i, x, stream, largest);
   }
-  return L::finite(largest);
+  return kWidened ? all(gt(splat_i(first_overflow(kDtype)), magnitude)) : L::finite(largest);
 }
 
 // Null where the output is no such model.
