@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from small_models import tokens
 
 import peta_fast as pf
+from peta_fast.adapters.apply import apply_recipe
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError, ResourceError
 from peta_fast.plan import make_plan
 from peta_fast.recipe import load_recipe
@@ -214,6 +215,41 @@ def test_the_result_depends_on_neither_threads_nor_memory_nor_shards(pair, tmp_p
         outs.append({n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()})
     assert len(list((tmp_path / "out1").glob("*.safetensors"))) > 1
     assert all(torch.equal(outs[0][n], outs[1][n]) for n in outs[0])
+
+
+def test_the_memory_that_factors_take_is_planned(base, pair):
+    """In fp32, for the batch at hand and the one after it."""
+    bare, adapted = (make_plan(load_recipe(apply_recipe(base, some))) for some in (pair[:1], pair))
+    factors = [sum(t.numel() for k, t in stored(p).items() if "lora_" in k) for p in pair]
+    assert adapted.peak_memory - bare.peak_memory == 2 * 4 * factors[1]
+    assert bare.peak_memory > 2 * 4 * factors[0]
+
+
+def test_factors_of_the_next_batch_are_got_ready_beside_the_merge(pair, tmp_path, monkeypatch):
+    import threading
+
+    from small_models import Transformer
+
+    from peta_fast.formats.adapted_checkpoint import AdaptedCheckpoint
+
+    model = Transformer(300)
+    base = save_base(tmp_path / "base", model, dtype=torch.bfloat16)
+    adapter = save_peft(tmp_path / "w", model, seed=1, r=7)
+    prepare, close, beside, left = AdaptedCheckpoint.prepare, AdaptedCheckpoint.close, set(), []
+
+    def noted_prepare(self, name):
+        beside.add((threading.current_thread().name, name))
+        prepare(self, name)
+
+    def noted_close(self):
+        left.extend(self._formed)
+        close(self)
+
+    monkeypatch.setattr(AdaptedCheckpoint, "prepare", noted_prepare)
+    monkeypatch.setattr(AdaptedCheckpoint, "close", noted_close)
+    pf.apply_adapters(base, [adapter], tmp_path / "out", max_memory="12MB")
+    assert {thread for thread, _ in beside} == {"peta_fast factors"}
+    assert {name for _, name in beside} <= set(weights_of(base)) and not left
 
 
 def test_a_plan_reads_the_base_once(base, pair):
