@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in
 
 
 def test_a_source_distribution_holds_sources_tests_and_benchmarks(tmp_path):
-    pytest.importorskip("pybind11", reason="pybind11 is not installed: setup.py cannot run")
+    for needed in ("pybind11", "setuptools"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed: setup.py cannot run")
     copy = tmp_path / "copy"
     copy.mkdir()
     unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", ".pytest_cache")
