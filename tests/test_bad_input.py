@@ -214,7 +214,9 @@ def disk(tmp_path):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_full_disk_is_left_as_it_was(name, size, place, disk, run):
     folder = disk(size)
-    refused(run(*SMALL[name], "--out", folder / "new" / "out"), 5, "No space left", "Free some space")
+    refused(
+        run(*SMALL[name], "--out", folder / "new" / "out"), 5, "No space left on device (0 bytes free)", "Free some"
+    )
     assert list(folder.iterdir()) == []
 
 

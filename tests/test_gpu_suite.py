@@ -47,13 +47,20 @@ def test_one_failure_does_not_end_the_suite():
 @pytest.mark.parametrize("body, expected", [("", []), ("assert 1 == 2", ["test test_gpu: "])], ids=["passes", "fails"])
 def test_tests_are_run_and_what_failed_is_named(body, expected, tmp_path, monkeypatch):
     file = tmp_path / "test_here.py"
-    file.write_text(f"import pytest\n@pytest.mark.gpu\ndef test_gpu():\n    {body or 'pass'}\n")
+    mark = "pytest.mark." + "gpu"  # in one word it would make the suite run this file
+    file.write_text(f"import pytest\n@{mark}\ndef test_gpu():\n    {body or 'pass'}\n")
     monkeypatch.setattr(gpu_suite, "gpu_test_files", lambda: [file])
     problems = gpu_suite.run_tests(tmp_path, 60, "tests", "not sanitizer")
     assert len(problems) == len(expected) and all(p.startswith(e) for p, e in zip(problems, expected, strict=True))
     (case,) = json.loads((tmp_path / "tests.json").read_text())
     assert case["outcome"] == ("failed" if expected else "passed")
     assert sorted(f.name for f in tmp_path.iterdir() if f.suffix in (".json", ".xml")) == ["tests.json"]
+
+
+def test_the_files_that_a_gpu_is_wanted_for():
+    names = {file.name for file in gpu_suite.gpu_test_files()}
+    assert {"test_cuda_gpu.py", "test_linearized_lora_gpu.py", "test_concrete_mask_gpu.py"} <= names
+    assert "test_gpu_suite.py" not in names
 
 
 def test_no_test_at_all_is_a_failure(tmp_path, monkeypatch):

@@ -93,11 +93,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         _write_synced(partial, write)
-    except OSError as error:
+    except BaseException as error:
+        found = resource_error(path, "written", error) if isinstance(error, OSError) else None
         _unlink(partial)
-        raise resource_error(path, "written", error) from error
-    except BaseException:
-        _unlink(partial)
+        if found is not None:
+            raise found from error
         raise
     publish(partial, path)
 
@@ -121,13 +121,14 @@ def write_together(
             _refuse_folder(folder / name)
             _write_synced(partials[name], content if callable(content) else _writer(content))
     except BaseException as error:
+        found = resource_error(folder, "written", error) if isinstance(error, OSError) else None  # with the room left
         for path in partials.values():
             _unlink(path)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
-        if isinstance(error, OSError):
-            raise resource_error(folder, "written", error) from error
+        if found is not None:
+            raise found from error
         raise
     try:
         for name in (*reversed(files), *old):
