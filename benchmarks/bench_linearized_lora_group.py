@@ -10,20 +10,15 @@ largest value.
 from __future__ import annotations
 
 import pytest
-import torch
 from lora_groups import Groups, GroupShape
-from lora_layers import finished, seconds
+from lora_layers import DEVICE, DTYPE, GPU, measure_beside
 
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 QKV = (1024, 1024, 1024)
 ON_CPU = [GroupShape(512, 1024, QKV, 16), GroupShape(512, 1024, QKV, 16, general=True)]
 ON_GPU = [
     *(GroupShape(8192, 4096, (4096, 1024, 1024), 16, general=general) for general in (False, True)),
     GroupShape(8192, 4096, (14336, 14336), 16),
 ]
-MOST_ERROR = 2.0**-6 if GPU else 1e-4
-"""A speed is no figure where the result is wrong."""
 
 
 @pytest.fixture(params=ON_GPU if GPU else ON_CPU, ids=str)
@@ -50,18 +45,15 @@ def bench_forward_backward(measure, groups, reference):
 
 def _measure(measure, groups, reference, passes) -> None:
     name, function = reference
-    ours, theirs, bare = (finished(passes(f), DEVICE) for f in (groups.ours(), function, groups.bare()))
-    error = groups.error(groups.ours())
-    assert error < MOST_ERROR, f"the result is off by {error}"
-    for work in (ours, theirs, bare):
-        work()
-    measure(
+    ours = groups.ours()
+    measure_beside(
+        measure,
+        passes,
         ours,
-        floor=lambda: seconds(bare),
+        function,
+        groups.bare(),
+        groups.shape,
+        groups.error(ours),
         floor_name="bare linears",
-        reference=lambda: seconds(theirs),
         reference_name={"single": "single layers"}.get(name, name),
-        error=lambda: error,
-        error_unit="relative",
-        shape=f"{groups.shape}, {str(DTYPE).removeprefix('torch.')}, {DEVICE}",
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from peta_fast._native import native
+
 LAYER = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096), "gate": (11008, 4096),
          "up": (11008, 4096), "down": (4096, 11008), "norm": (4096,), "norm2": (4096,)}  # fmt: skip
 DENSITY = 0.2
@@ -139,13 +141,19 @@ def merge_into(family: Family, keywords: dict[str, Any]) -> Callable[[], Any]:
     return lambda: peta_fast.merge_state_dicts(family.base, family.models, out=family.out, **keywords)
 
 
+def sample_of(family: Family) -> list[str]:
+    """One tensor of every shape that the CPU merges in reasonable time."""
+    most = 1 << 26 if native() else 1 << 25
+    return list({tuple(t.shape): n for n, t in family.base.items() if t.numel() < most}.values())
+
+
 def wrong_bits(family: Family, keywords: dict[str, Any]) -> int:
     """Elements, of one tensor of every shape, that differ from the CPU's; masks by name go along."""
     import torch
 
     import peta_fast
 
-    sample = list({tuple(t.shape): n for n, t in family.base.items() if t.numel() < 1 << 26}.values())
+    sample = sample_of(family)
     home = [{n: s[n].cpu() for n in sample} for s in (family.base, *family.models)]
     keywords = {k: {n: v[n].cpu() for n in sample} if isinstance(v, dict) else v for k, v in keywords.items()}
     expected = peta_fast.merge_state_dicts(home[0], home[1:], **keywords)
@@ -271,7 +279,7 @@ def masked_rows(family: Family, rate: float, rounds: int) -> Iterator[dict]:
     keywords = {"method": "masked_task_arithmetic", "weight": 0.4, "mask": masks}
     work = merge_into(family, keywords)
     work()
-    sample = list({tuple(t.shape): n for n, t in family.base.items() if t.numel() < 1 << 26}.values())
+    sample = sample_of(family)
     small = Family({k: family.base[k] for k in sample}, [{k: m[k] for k in sample} for m in family.models],
                    {k: family.out[k] for k in sample})  # fmt: skip
     error = masked_error(small, masks, sample)
@@ -371,7 +379,7 @@ def measure(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], list
     gc.collect(), torch.cuda.empty_cache()
     if time.monotonic() < deadline:
         try:
-            rows += rows_from_files(1e8 if quick else 1e9, 3)
+            rows += rows_from_files(1e8 if quick or not native() else 1e9, 3)
         except Exception as error:
             notes.append(f"merging files: {type(error).__name__}: {error}"[:600])
     else:

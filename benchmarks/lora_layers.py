@@ -17,6 +17,10 @@ from peta_fast.nn import LinearizedLoRALinear
 from peta_fast.ops.linearized_lora.reference import JvpReference, PlainLoRA
 
 SCALING = 2.0
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+MOST_ERROR = 2.0**-6 if GPU else 1e-4
+"""A speed is no figure where the result is wrong."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,23 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def measure_beside(measure, passes, ours, theirs, bare, shape: object, error: float, **described) -> None:
+    """A row of `ours` beside `theirs`, with `bare` as the floor; each a function that `passes` makes a call of."""
+    assert error < MOST_ERROR, f"the result is off by {error}"
+    ours, theirs, bare = (finished(passes(function), DEVICE) for function in (ours, theirs, bare))
+    for work in (ours, theirs, bare):
+        work()
+    measure(
+        ours,
+        floor=lambda: seconds(bare),
+        reference=lambda: seconds(theirs),
+        error=lambda: error,
+        error_unit="relative",
+        shape=f"{shape}, {str(DTYPE).removeprefix('torch.')}, {DEVICE}",
+        **described,
+    )
 
 
 def seconds_on_gpu(work: Callable[[], object], calls: int = 10) -> float:

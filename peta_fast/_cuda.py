@@ -82,7 +82,8 @@ class Library:
         """Calls peta_<name>. Raises ResourceError with CUDA's message when it fails."""
         if getattr(self.raw, f"peta_{name}")(place, *arguments):
             message = self.raw.peta_error().decode(errors="replace")
-            raise ResourceError(f"cuda:{place.device}" if self.kind == "cuda" else self.kind, message)
+            next_step = "Run `peta-fast build-cuda` on this machine." if "kernel image" in message else ""
+            raise ResourceError(f"cuda:{place.device}" if self.kind == "cuda" else self.kind, message, next_step)
 
 
 def cache_folder() -> Path:

@@ -9,6 +9,7 @@ or has adapters on it, and what must be known of the whole model first, stay wit
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from peta_fast._engine import Engine
 from peta_fast._tensor_plan import TensorPlan, is_whole_tensor
 from peta_fast.buffers import Buffer
+from peta_fast.errors import ResourceError
 from peta_fast.ops import backend
 from peta_fast.ops.delta_merge import Inputs, Job, MaskBuffer, Verdict, merge, prepare, with_majority
 
@@ -67,13 +69,12 @@ class DeviceEngine(Engine):
         self.thread: threading.Thread | None = None
 
     def feed(self, batches: Sequence[list[TensorPlan]]) -> None:
-        """Starts the thread."""
+        """Starts the thread. A batch that is too much for the device goes there in parts."""
         chosen, seen = [], set()
         for batch in batches:
             fresh = [t for t in batch if t.name not in seen and self._fits(t)]
             seen |= {t.name for t in fresh}
-            chosen.append(fresh)
-        chosen = [batch for batch in chosen if batch]
+            chosen += self._parts(fresh)
         self.expected = [{t.name for t in batch} for batch in chosen]
         self.thread = threading.Thread(target=self._work, args=(chosen,), name="peta_fast device", daemon=True)
         self.thread.start()
@@ -83,7 +84,20 @@ class DeviceEngine(Engine):
             return False
         if any(ref.adapters for ref, _ in tensor.inputs):
             return False  # low-rank changes are formed by the CPU's kernels
-        return 1.2 * (tensor.input_bytes + tensor.nbytes) + 8 * tensor.costs.rows * tensor.size < self.room
+        return _needed(tensor) < self.room
+
+    def _parts(self, batch: list[TensorPlan]) -> list[list[TensorPlan]]:
+        """Runs of tensors that fit together."""
+        parts: list[list[TensorPlan]] = []
+        left = 0.0
+        for tensor in batch:
+            needed = _needed(tensor)
+            if not parts or needed > left:
+                parts.append([])
+                left = self.room
+            parts[-1].append(tensor)
+            left -= needed
+        return parts
 
     def _work(self, batches: Sequence[list[TensorPlan]]) -> None:
         ring = None
@@ -99,19 +113,21 @@ class DeviceEngine(Engine):
             self.done.put(error)
         finally:
             if ring is not None:
-                ring.close()
+                with contextlib.suppress(ResourceError):  # of a broken GPU, which whoever waits is told of
+                    ring.close()
 
     def _merge_there(self, batch: list[TensorPlan], ring: Ring):
         """Launches everything; what waits for it, the verdicts, and the results by name."""
-        there: dict[int, Any] = {}
+        there: dict[tuple[int, int], Any] = {}  # tensors that share memory may differ in how much of it they have
 
         def up(buffer: Buffer) -> Buffer:
             if not buffer.nbytes:
                 return Buffer(0, buffer.dtype, 0, None, self.device)
-            if buffer.address not in there:
-                there[buffer.address] = self.ops.memory.empty(buffer.nbytes)
-                ring.send(buffer, there[buffer.address].address)
-            held = there[buffer.address]
+            key = (buffer.address, buffer.nbytes)
+            if key not in there:
+                there[key] = self.ops.memory.empty(buffer.nbytes)
+                ring.send(buffer, there[key].address)
+            held = there[key]
             return Buffer(held.address, buffer.dtype, buffer.size, held, self.device)
 
         requests = []
@@ -164,4 +180,10 @@ class DeviceEngine(Engine):
         while not self.done.empty():  # results that nobody took: their memory must outlast the copies into it
             found = self.done.get()
             if not isinstance(found, BaseException):
-                found[0]()
+                with contextlib.suppress(ResourceError):
+                    found[0]()
+
+
+def _needed(tensor: TensorPlan) -> float:
+    """Bytes of the device that merging a tensor there takes, about."""
+    return 1.2 * (tensor.input_bytes + tensor.nbytes) + 8 * tensor.costs.rows * tensor.size

@@ -89,9 +89,13 @@ def _range(key: str, text: str) -> list[Any]:
         raise RecipeError(key, f"{text!r} has no values: expected a step that leads from start to stop")
     count = int((stop - start) / step) + 1
     if count > LONGEST_AXIS:
-        raise RecipeError(key, f"{text!r} has {count:,} values, expected at most {LONGEST_AXIS:,}")
+        raise RecipeError(key, f"{text!r} has {_count_text(count)} values, expected at most {LONGEST_AXIS:,}")
     whole = all(number == number.to_integral_value() for number in (start, step)) and "." not in text
     return [int(start + i * step) if whole else float(start + i * step) for i in range(count)]
+
+
+def _count_text(count: int) -> str:
+    return f"{count:,}" if count < 10**18 else f"{Decimal(count):.1e}"
 
 
 def _scalar(text: str) -> Any:
@@ -184,7 +188,7 @@ def _keys(recipe: Recipe) -> dict[str, Key]:
 
 
 def _checked(recipe: Recipe, axis: Axis, faults: list[str]) -> Axis:
-    name, _, model = axis.key.partition(".")
+    name, dot, model = axis.key.partition(".")
     keys = _keys(recipe)
     if not axis.values:
         faults.append(f"'{axis.key}' has no values")
@@ -195,9 +199,9 @@ def _checked(recipe: Recipe, axis: Axis, faults: list[str]) -> Axis:
         faults.append(f"'{axis.key}' is not a key of {recipe.method}{unknown_name(name, (*keys, *OTHER_KEYS))}")
         return axis
     key = keys[name]
-    if model and not key.per_model:
+    if dot and not key.per_model:
         faults.append(f"'{axis.key}': '{name}' holds for all models")
-    elif model and _model_of(recipe, model) is None:
+    elif dot and _model_of(recipe, model) is None:
         known = [os.path.basename(ref.path) for ref in _merged_models(recipe)]
         faults.append(f"'{axis.key}': no model is called {model!r}{unknown_name(model, known)}")
     values = []

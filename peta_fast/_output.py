@@ -16,7 +16,14 @@ from peta_fast.buffers import Buffer
 from peta_fast.errors import CheckpointError, PetaFastError, ResourceError
 from peta_fast.formats import ShardWriter, free_bytes, index_json
 from peta_fast.formats._registry import is_weight_file
-from peta_fast.formats.disk import PARTIAL, make_directory, resource_error, sync_directory, write_whole
+from peta_fast.formats.disk import (
+    PARTIAL,
+    make_directory,
+    real_path,
+    resource_error,
+    sync_directory,
+    write_whole,
+)
 from peta_fast.formats.shard_index import SUFFIX
 from peta_fast.journal import (
     JOURNAL,
@@ -34,7 +41,7 @@ from peta_fast.journal import (
     verify,
 )
 from peta_fast.ops import backend
-from peta_fast.plan import Plan, plan_path
+from peta_fast.plan import Plan
 
 SLACK = 8 << 20
 """Bytes of disk for everything but the shards."""
@@ -73,7 +80,11 @@ class Output:
         if not os.path.lexists(self.out):
             return None
         if not self.out.is_dir():
-            raise ResourceError(str(self.out), "expected a folder for the output, found a file")
+            raise ResourceError(
+                str(self.out), "expected a folder for the output, found a file or a broken link",
+                "Choose another folder.",
+            )  # fmt: skip
+        self._refuse_folders_in_the_way()
         record = None if self.force and not resume else read_journal(self.out)
         if record is not None and resume:
             if record.head["fingerprint"] == self.mark or not self.force:
@@ -87,6 +98,14 @@ class Output:
             )
         self._refuse_what_is_there()
         return None
+
+    def _refuse_folders_in_the_way(self) -> None:
+        names = [*(layout.filename for layout in self.plan.layouts), JOURNAL, *self.files]
+        names += [p.name for p in self.out.iterdir() if MODEL_FILE.fullmatch(p.name)]
+        for name in names:
+            for path in (self.out / name, self.out / (name + PARTIAL)):
+                if path.is_dir():
+                    raise ResourceError(str(path), "expected a file or nothing there, found a folder", "Move it away.")
 
     def _refuse_what_is_there(self) -> None:
         def is_model(path: Path) -> bool:
@@ -291,7 +310,7 @@ def _identity(file: Path) -> tuple[str, int, int]:
         state = file.stat()
     except OSError as error:
         raise CheckpointError(str(file), f"cannot be read any more: {error.strerror}") from error
-    return str(plan_path(file)), state.st_size, state.st_mtime_ns
+    return str(real_path(file)), state.st_size, state.st_mtime_ns
 
 
 def _input_files(plan: Plan) -> list[Path]:
@@ -301,16 +320,16 @@ def _input_files(plan: Plan) -> list[Path]:
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
     """The output must be no input, lie in none, and hold none: nothing that is read may be replaced."""
-    target = plan_path(out)
+    target = real_path(out)
     folders = {source.directory: str(ref) for ref, source in plan.sources.items() if source.directory}
     if plan.tokenizer is not None:
         folders[plan.tokenizer] = "tokenizer_source"
     for source in plan.sources.values():
         folders |= {folder: str(folder) for folder in getattr(source, "adapter_folders", ())}
     for folder, name in folders.items():
-        place = plan_path(folder)
+        place = real_path(folder)
         if target == place or place in target.parents:
             raise ResourceError(str(out), f"lies inside the input {name}", "Choose a folder outside of all inputs.")
     for path in (*folders, *_input_files(plan)):
-        if target == plan_path(path) or target in plan_path(path).parents:
+        if target == real_path(path) or target in real_path(path).parents:
             raise ResourceError(str(out), f"holds the input {path}", "Choose a folder that holds no inputs.")

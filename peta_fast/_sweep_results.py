@@ -182,7 +182,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _is_point(entry: dict[str, Any]) -> bool:
     fields = {"parameters": dict, "scores": dict, "error": str, "seconds": int | float}
-    return all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+    scores = entry.get("scores")
+    return all(isinstance(entry.get(name), kind) for name, kind in fields.items()) and all(
+        type(score) in (int, float) for score in scores.values()
+    )
 
 
 def draw(results: Results) -> bytes | None:

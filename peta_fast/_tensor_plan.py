@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,3 +199,18 @@ def mask_form(mask, shape: tuple[int, ...]) -> str | None:
     if tuple(mask.shape) == tuple(shape):
         return "BYTES" if mask.dtype in ("BOOL", "U8", "I8") else mask.dtype if mask.dtype in MERGEABLE else None
     return "BITS" if mask.dtype == "U8" and tuple(mask.shape) == (-(-math.prod(shape) // 8),) else None
+
+
+def runs_of(tensors: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]:
+    """Stored tensors in their order, as many at a time as hold up to `most` elements, and at least one."""
+    run, held = [], 0
+    for tensor in tensors:
+        if tensor.action == "alias":
+            continue
+        if run and held + tensor.size > most:
+            yield run
+            run, held = [], 0
+        run.append(tensor)
+        held += tensor.size
+    if run:
+        yield run

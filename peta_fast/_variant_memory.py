@@ -12,7 +12,7 @@ import numpy as np
 
 from peta_fast._beside import Beside
 from peta_fast._grid import Grid
-from peta_fast._tensor_plan import SELECTION_BYTES, TensorPlan
+from peta_fast._tensor_plan import SELECTION_BYTES, TensorPlan, runs_of
 from peta_fast._variants import Targets, VariantEngine, selections_of
 from peta_fast.buffers import LONG_NAMES, Buffer
 from peta_fast.errors import CheckpointError, PetaFastError, RecipeError
@@ -179,7 +179,7 @@ class VariantMemory:
 
     def _fill(self, engine: VariantEngine, plans, group: list[int], places) -> None:
         limit = max(1, 3 * BATCH // max(3, selections_of(plans)))
-        for batch in _batches(plans[0], limit):
+        for batch in runs_of(plans[0], limit):
             targets = []
             for tensor in batch:
                 buffers = {v: place[tensor.name].buffer for v, place in zip(group, places, strict=True)}
@@ -208,20 +208,6 @@ class VariantMemory:
 def _stored(alias: TensorPlan) -> str:
     """The name that a tied tensor is stored under."""
     return alias.reason.removeprefix("tied to ")
-
-
-def _batches(plan: Sequence[TensorPlan], limit: int) -> Iterator[list[TensorPlan]]:
-    batch, held = [], 0
-    for tensor in plan:
-        if tensor.action == "alias":
-            continue
-        if batch and held + tensor.size > limit:
-            yield batch
-            batch, held = [], 0
-        batch.append(tensor)
-        held += tensor.size
-    if batch:
-        yield batch
 
 
 class _Slot:

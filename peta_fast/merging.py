@@ -13,7 +13,7 @@ import numpy as np
 from peta_fast._assignment import kept_ties
 from peta_fast._beside import Beside
 from peta_fast._engine import Engine, Piece
-from peta_fast._tensor_plan import TensorPlan
+from peta_fast._tensor_plan import TensorPlan, runs_of
 from peta_fast.buffers import ITEMSIZE, LONG_NAMES, SHORT_NAMES, Buffer
 from peta_fast.errors import CompatibilityError, RecipeError
 from peta_fast.formats import open_checkpoint
@@ -162,7 +162,7 @@ def merge_state_dicts(
     if device and mask_source is not None and not isinstance(mask_source, MemorySource):
         raise CompatibilityError("mask", f"is a file, the models are on {device}", "Load it and move it there.")
     engine.find_model_statistics()
-    for batch in _batches(tensors, DEVICE_BATCH if device else BATCH):
+    for batch in runs_of(tensors, DEVICE_BATCH if device else BATCH):
         engine.fill([Piece(t, 0, t.nbytes, _as_bytes(places[t.name].buffer)) for t in batch])
         engine.forget()
     engine.finish()
@@ -369,21 +369,6 @@ def _empty(tensor: TensorPlan, like: Any) -> Any:
         from peta_fast.ops.device import out_of_memory
 
         raise out_of_memory(str(like.device), tensor.nbytes, error) from error
-
-
-def _batches(tensors: list[TensorPlan], most: int):
-    """Runs of stored tensors that one native call takes."""
-    batch, held = [], 0
-    for tensor in tensors:
-        if tensor.action == "alias":
-            continue
-        if batch and held + tensor.size > most:
-            yield batch
-            batch, held = [], 0
-        batch.append(tensor)
-        held += tensor.size
-    if batch:
-        yield batch
 
 
 def _as_bytes(buffer: Buffer) -> Buffer:

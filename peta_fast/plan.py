@@ -404,10 +404,14 @@ class _Planner:
         misfits = list(dict.fromkeys(self.misfits))
         if misfits:
             more = len(misfits) - SHOWN
+            of_files = tuple(f"{name}: " for name in self.beside.files)
+            next_step = "Run `peta-fast diff` on two of them."
+            if of_files and all(misfit.startswith(of_files) for misfit in misfits):
+                next_step = "Give each model the file that was collected from it, or collect it again."
             raise CompatibilityError(
                 "models do not fit together",
                 "; ".join(misfits[:SHOWN]) + (f"; {more} more differ" if more > 0 else ""),
-                "Run `peta-fast diff` on two of them.",
+                next_step,
             )
 
 
@@ -469,8 +473,3 @@ def _factors(tensors: list[TensorPlan], together: int) -> int:
 def batch_size(slab: int) -> int:
     """Elements of tensors that are got ready together; 0 where memory is short: those of one slab."""
     return BATCH if slab == SLAB else 0
-
-
-def plan_path(path: str | Path) -> Path:
-    """The absolute path that comparisons of inputs and outputs use."""
-    return Path(path).expanduser().resolve()

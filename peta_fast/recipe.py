@@ -147,8 +147,10 @@ def _plain(node: Located) -> Any:
 
 
 def document_of(source: str | os.PathLike) -> dict:
-    """The first document of a path or text as plain values, whatever is wrong with it as a recipe."""
-    plain = _plain(_documents(source, Faults())[0][0])
+    """A path's or text's document as plain values, whatever is wrong with it as a recipe; empty where it is no mapping,
+    or one of several."""
+    documents = _documents(source, Faults())
+    plain = _plain(documents[0][0]) if len(documents) == 1 else None
     return plain if isinstance(plain, dict) else {}
 
 

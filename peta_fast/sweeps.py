@@ -180,6 +180,7 @@ class Sweep:
         if out is None:
             for point, index in self._evaluated(evaluator, set()):
                 done[index] = point
+                _check_metric(metric, done)
                 if tell:
                     tell(point, len(done))
             return self._results(done, best, metric)
@@ -190,6 +191,7 @@ class Sweep:
             for point, index in self._evaluated(evaluator, set(done)):
                 journal.add(point)
                 done[index] = point
+                _check_metric(metric, done)
                 if tell:
                     tell(point, len(done))
         results = self._results(done, best, metric)
@@ -243,15 +245,14 @@ class Sweep:
             began = time.perf_counter()
             try:
                 point = Point(variant.parameters, scores_of(evaluator(variant.state, dict(variant.parameters))))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 point = Point(variant.parameters, error=f"{type(error).__name__}: {error}")
             yield dataclasses.replace(point, seconds=time.perf_counter() - began), variant.index
 
     def _results(self, done: Mapping[int, Point], best: str | None, metric: str | None) -> Results:
         points = [done[i] for i in sorted(done)]
         names = list(dict.fromkeys(name for p in points for name in p.scores))
-        if metric is not None and names and metric not in names:
-            raise RecipeError("metric", f"expected one of {', '.join(names)}, got {metric!r}")
+        _check_metric(metric, done)
         metric = metric or (names[0] if names else "score")
         axes = {axis.key: axis.values for axis in self.grid.axes}
         return Results(axes, points, metric, best_of(points, metric, best) if best else None)
@@ -276,6 +277,15 @@ class Sweep:
         index = next(i for i in range(len(self)) if self.grid.point(i) == dict(point.parameters))
         plan = make_plan(self.grid.recipe_of(index, with_text=True))
         return run(plan, out, resume=True, force=True, threads=self.threads, allow_nonfinite=self.allow_nonfinite)
+
+
+def _check_metric(metric: str | None, done: Mapping[int, Point]) -> None:
+    """Raises RecipeError when there are scores, but none of this name."""
+    if metric is None or any(metric in point.scores for point in done.values()):
+        return
+    names = list(dict.fromkeys(name for point in done.values() for name in point.scores))
+    if names:
+        raise RecipeError("metric", f"expected one of {', '.join(names)}, got {metric!r}")
 
 
 def _windows(order: Iterator[int], block: int, most: int) -> Iterator[list[int]]:

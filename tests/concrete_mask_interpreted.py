@@ -8,17 +8,15 @@ told to interpret before it is imported.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
-import traceback
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from concrete_mask_cases import KEY_OF, Case, assert_near, make_case
+from interpreter import print_checks
 
 from peta_fast.ops.concrete_mask import Adam, Piece, dispatch, tiles
 from peta_fast.ops.concrete_mask.noise import mask_key
@@ -136,18 +134,5 @@ CHECKS |= {
 }  # fmt: skip
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    json.dump(found, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    print_checks(CHECKS)

@@ -19,6 +19,10 @@ from peta_fast.ops.device import DeviceOps, HostMemory
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
          "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]  # fmt: skip
+SANITIZER = os.environ.get("PETA_FAST_SANITIZE")
+"""address or undefined, as tests/sanitize.sh has it, or nothing."""
+if SANITIZER:
+    FLAGS = [*FLAGS, f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer", "-g1", "-O1"]
 HAS_COMPILER = shutil.which("g++") is not None and CSRC.is_dir()
 
 
@@ -52,7 +56,8 @@ def compile_into(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as executor:
         objects = list(executor.map(compile_one, sources()))
     target = folder / NAME
-    subprocess.run(["g++", "-shared", "-o", target, *objects], check=True)
+    linked = [f"-fsanitize={SANITIZER}"] if SANITIZER else []
+    subprocess.run(["g++", "-shared", *linked, "-o", target, *objects], check=True)
     return target
 
 

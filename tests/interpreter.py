@@ -3,9 +3,12 @@ native module: it starts in a folder that has no package of that name."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,3 +25,26 @@ def run_python(*arguments: object, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(
         command, cwd=HERE, env={**inherited, **environment}, capture_output=True, text=True, timeout=300
     )
+
+
+def run_checks(file: str) -> dict[str, str]:
+    """Runs a file that ends in print_checks. Name of a check -> what went wrong in it."""
+    ran = run_python(file)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def print_checks(checks: Mapping[str, Callable[[], None]]) -> None:
+    """Runs all of them, whatever fails, and prints one JSON object: name -> what went wrong, "" for nothing."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    found = {}
+    for name, check in checks.items():
+        try:
+            check()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    json.dump(found, sys.stdout)

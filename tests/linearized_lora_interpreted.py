@@ -9,16 +9,14 @@ told to interpret before it is imported.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import sys
-import traceback
 from dataclasses import replace
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from interpreter import print_checks
 from linearized_lora_cases import SCALING, Case, assert_close, make_case
 
 from peta_fast.ops.linearized_lora.dropout import keep_factors
@@ -269,18 +267,5 @@ def all_checks() -> dict:
 CHECKS = all_checks()
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    json.dump(found, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    print_checks(CHECKS)

@@ -302,7 +302,11 @@ def test_a_resource_error_is_5(folder, run):
         (CheckpointError("file", "is cut off"), 3, "peta-fast: CheckpointError: file: is cut off\n"),
         (CompatibilityError("a", "lacks b"), 4, "peta-fast: CompatibilityError: a: lacks b\n"),
         (ResourceError("out", "is full"), 5, "peta-fast: ResourceError: out: is full\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), 5, "peta-fast: OSError: [Errno 28] No space left"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            5,
+            "peta-fast: OSError: x: No space left on device\n",
+        ),
         (MemoryError(), 5, "peta-fast: MemoryError: not enough memory."),
         (KeyboardInterrupt(), 130, "peta-fast: interrupted.\n"),
         (BrokenPipeError(), 141, ""),

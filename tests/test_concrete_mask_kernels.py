@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from concrete_mask_builds import build_all, launches
 from concrete_mask_interpreted import CHECKS
-from interpreter import run_python
+from interpreter import run_checks
 from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in
 
 pytest.importorskip("triton")
@@ -19,9 +18,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """Name of a check -> what went wrong in it."""
-    ran = run_python("concrete_mask_interpreted.py")
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return run_checks("concrete_mask_interpreted.py")
 
 
 @pytest.mark.parametrize("check", CHECKS)

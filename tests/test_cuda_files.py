@@ -109,3 +109,43 @@ def test_an_error_of_the_thread_reaches_the_caller(folder, tmp_path):
             with pytest.raises(ResourceError, match="7 more bytes"):
                 merged(folder, tmp_path / "out", "host", **METHODS["ties"])
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_tensors_of_one_storage_go_there_each_as_a_whole(tmp_path):
+    """Views of one storage, as torch saves them, begin at one address and differ in length."""
+    draw = torch.Generator().manual_seed(2)
+    for name in "base a b c".split():
+        whole = torch.randn(60, 50, generator=draw).to(torch.bfloat16)
+        (tmp_path / name).mkdir()
+        torch.save({"a": whole[:7], "b": whole, "c": whole[:20]}, tmp_path / name / "pytorch_model.bin")
+    expected = merged(tmp_path, tmp_path / "cpu", "cpu", **METHODS["ties"])
+    assert merged(tmp_path, tmp_path / "device", "host", **METHODS["ties"]) == expected
+
+
+def test_a_batch_that_is_too_much_for_the_device_goes_there_in_parts(folder, tmp_path, monkeypatch):
+    expected = merged(folder, tmp_path / "cpu", "cpu", **METHODS["ties"])
+    sizes: list[int] = []
+    real = _device_engine.DeviceEngine._merge_there
+
+    def noted(self, batch, ring):
+        sizes.append(sum(t.input_bytes + t.nbytes for t in batch))
+        return real(self, batch, ring)
+
+    monkeypatch.setattr(_device_engine.DeviceEngine, "_merge_there", noted)
+    assert merged(folder, tmp_path / "whole", "host", **METHODS["ties"]) == expected
+    assert len(sizes) == 1
+    whole = sizes.pop()
+    room = 0.9 * whole
+    monkeypatch.setattr(devices.HostMemory, "free_bytes", lambda self: room / _device_engine.SHARE)
+    assert merged(folder, tmp_path / "parts", "host", **METHODS["ties"]) == expected
+    assert len(sizes) > 1 and sum(sizes) == whole and max(sizes) < room
+
+
+def test_a_ring_that_cannot_be_waited_for_does_not_hide_the_error(folder, tmp_path):
+    def broken():
+        raise ResourceError("host", "the GPU failed: an illegal memory access was encountered")
+
+    with mock.patch.object(devices.HostMemory, "mark", return_value=broken):
+        with pytest.raises(ResourceError, match="illegal memory access"):
+            merged(folder, tmp_path / "out", "host", **METHODS["ties"])
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from host_build import CSRC, HAS_COMPILER, host_library
 from interpreter import run_code
 
@@ -157,3 +159,37 @@ def test_nvcc_is_looked_for_where_it_is_said_to_be(nvcc, tmp_path, monkeypatch):
     shutil.copy(tmp_path / "nvcc", tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert _cuda_build.find_nvcc() == str(tmp_path / "bin" / "nvcc")
+
+
+# ---------------------------------------------------------------- what fails on the way
+
+
+def gpu_memory() -> TorchMemory:
+    """That of a GPU that is not here: its errors alone are asked for."""
+    memory = object.__new__(TorchMemory)
+    memory.torch, memory.name = torch, "cuda:0"
+    return memory
+
+
+def test_a_fault_of_a_kernel_is_an_error_that_says_so():
+    with pytest.raises(
+        ResourceError, match="cuda:0: the GPU failed: CUDA error: an illegal memory access was"
+    ) as caught:
+        with gpu_memory().faults():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+    assert "CUDA_LAUNCH_BLOCKING=1" in str(caught.value) and "DSA" not in str(caught.value)
+    with pytest.raises(ResourceError, match="cuda:0: expected more memory: out of it\nFree some of it"):
+        with gpu_memory().faults():
+            raise torch.OutOfMemoryError("out of it")
+    with pytest.raises(RuntimeError, match="^not of CUD$"):
+        with gpu_memory().faults():
+            raise RuntimeError("not of CUD")
+
+
+def test_a_library_of_another_gpu_says_how_to_build_one():
+    found = object.__new__(_cuda.Library)
+    said = "delta_merge: no kernel image is available for execution on the device"
+    found.kind = "cuda"
+    found.raw = SimpleNamespace(peta_delta_merge=lambda *_: 209, peta_error=lambda: said.encode())
+    with pytest.raises(ResourceError, match="cuda:1: delta_merge: no kernel image .*\nRun `peta-fast build-cuda`"):
+        found.call("delta_merge", _cuda.Place(1, None))

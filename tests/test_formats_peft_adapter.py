@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small_models import base, linearized, stepped, tokens
 from torch import nn
 
 import peta_fast as pf
-from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
+from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError, ResourceError
 from peta_fast.formats.peft_adapter import LinearizedFactors, plain_factors, refuse_variants, target_modules
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'peta_fast[peft]'")
@@ -277,12 +277,50 @@ def rewritten(folder: Path, change) -> Path:
         ),
         (lambda t, m: t.clear(), CheckpointError, "holds no module"),
         (
-            lambda t, m: t.update({"layers.0.q_proj.A0": torch.zeros(3, 11)}),
+            lambda t, m: t.update({f"layers.0.q_proj.{part}": torch.zeros(3, 11) for part in ("A0", "delta_A")}),
             CompatibilityError,
             r"layers.0.q_proj: the adapter's A0 is \[3, 11\], expected \[3, 12\]",
         ),
+        (
+            lambda t, m: t.update({"layers.0.q_proj.A0": torch.zeros(3, 11)}),
+            CheckpointError,
+            r"'layers.0.q_proj' has A0 \[3, 11\], .*expected A0 and delta_A \[r, in\]",
+        ),
+        (lambda t, m: t.update({"layers.0.q_proj.A0": torch.zeros(3)}), CheckpointError, r"has A0 \[3\]"),
+        (
+            lambda t, m: t.update({n: x[:0] if "A" in n[-2:] else x[:, :0] for n, x in t.items()}),
+            CheckpointError,
+            "with r >= 1",
+        ),
+        (
+            lambda t, m: t.update({"layers.0.q_proj.B0": t["layers.0.q_proj.B0"].int()}),
+            CheckpointError,
+            "has B0 of torch.int32, expected floating-point factors",
+        ),
+        (
+            lambda t, m: m.update(scaling=m["scaling"].replace("2.0", '"x"')),
+            CheckpointError,
+            "has scaling 'x', expected .* finite numbers",
+        ),
+        (lambda t, m: m.update(scaling="3"), CheckpointError, "holds no JSON object 'scaling'"),
+        (lambda t, m: m.update(scope="planet"), CheckpointError, "scope is 'planet', expected layer or model"),
     ],
-    ids=["version", "no-scaling", "bad-json", "scaling-of-nothing", "no-B0", "empty", "shape"],
+    ids=[
+        "version",
+        "no-scaling",
+        "bad-json",
+        "scaling-of-nothing",
+        "no-B0",
+        "empty",
+        "shape",
+        "shapes-differ",
+        "no-matrix",
+        "rank-0",
+        "integers",
+        "scaling-of-text",
+        "scaling-no-object",
+        "scope",
+    ],
 )
 def test_a_sidecar_that_is_wrong_is_refused(change, error, match, tmp_path):
     folder = rewritten(saved(tmp_path), change)
@@ -295,18 +333,25 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path):
         pf.load_adapter(nn.Sequential(nn.Linear(2, 2)), saved(tmp_path))
 
 
-def test_a_save_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: x (os error 28)")], ids=repr
+)
+def test_a_save_that_fails_leaves_the_old_files_as_they_were(error, fails_at, tmp_path, monkeypatch):
     folder = saved(tmp_path)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    real, calls = safetensors.torch.save_file, []
 
-    def full(*_, **__):
-        raise OSError("no space left")
+    def filling_up(*arguments, **keywords):
+        calls.append(arguments)
+        real(*arguments, **keywords)
+        if len(calls) == fails_at:
+            raise error
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(safetensors.torch, "save_file", filling_up)
+    with pytest.raises(ResourceError, match="No space left"):
         pf.save_adapter(stepped(linearized(), seed=4), folder)
-    assert {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix != ".partial"} == before
-    shutil.rmtree(folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 import torch
-from interpreter import run_python
+from interpreter import run_checks
 from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_group, build_in, group_launches
 from linearized_lora_group_interpreted import CHECKS
 
@@ -18,9 +17,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """Name of a check -> what went wrong in it."""
-    ran = run_python("linearized_lora_group_interpreted.py")
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return run_checks("linearized_lora_group_interpreted.py")
 
 
 @pytest.mark.parametrize("check", CHECKS)

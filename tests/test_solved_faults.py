@@ -153,6 +153,13 @@ def test_weights_that_leave_nothing(method):
         merge(models(), statistics(), method, weight=[1, -1, 1])
 
 
+def test_a_fisher_is_no_negative_number():
+    collected = statistics()
+    collected[1]["lm_head.weight.fisher"][2, :3] *= -1
+    with pytest.raises(pf.CheckpointError, match="'lm_head.weight.fisher': expected means of squares, got 3 negative"):
+        merge(models(), collected, "fisher")
+
+
 def test_the_norms_that_fusion_bench_divides_by():
     with pytest.raises(pf.CheckpointError, match="needs 'fisher_norm' in the metadata"):
         merge(models(), statistics(), "fisher", compat="fusion_bench")

@@ -97,8 +97,8 @@ PETA_EXPORT int64_t peta_merge_tiles(int32_t mode, const Piece* pieces, int64_t 
   return count;
 }
 
-// Fills tiles[peta_merge_tiles] and launches[MOST_LAUNCHES] (peta_fast/ops/device.py), on the host; returns the number of launches, -1 for what no kernel
-// can do. Pieces that one kernel serves stand together.
+// Fills tiles[peta_merge_tiles] and launches[MOST_LAUNCHES] (peta_fast/ops/device.py), on the host; returns the number
+// of launches, -1 for what no kernel can do. Pieces that one kernel serves stand together.
 PETA_EXPORT int32_t peta_merge_layout(int32_t mode, const Piece* pieces, int64_t num_pieces, const Task* tasks,
                                       const Rule* rules, peta::Tile* tiles, MergeLaunch* launches, uint8_t* kernels) {
   for (int64_t i = 0; i < num_pieces; ++i) {

@@ -259,35 +259,33 @@ struct NarrowAll {
 
 // ---------------------------------------------------------------- brackets, decisions, results: a thread a query
 
-struct SetBrackets {
+// What Kernel::of does, by one thread for every query of a large tensor.
+template <class Kernel>
+struct EveryQuery {
   static constexpr int kThreads = 64, kBlocks = 4, kPhases = 1;
   struct Shared {
     int32_t unused;
   };
   SelectTables tables;
 
+  int64_t blocks() const { return ceil_div(tables.num_wanted, kThreads); }
+
   template <int>
   PF_HD void phase(Shared&, const Block& block) const {
     const int64_t i = block.index * kThreads + block.thread;
-    if (i >= tables.num_wanted) return;
-    Wanted& w = tables.wanted[i];
+    if (i < tables.num_wanted) static_cast<const Kernel*>(this)->of(tables.wanted[i]);
+  }
+};
+
+struct SetBrackets : EveryQuery<SetBrackets> {
+  PF_HD void of(Wanted& w) const {
     w.high = tables.radix[w.high_radix].count ? tables.radix[w.high_radix].prefix : kAbsMask;
     w.low = tables.radix[w.low_radix].count ? tables.radix[w.low_radix].prefix : 0u;
   }
 };
 
-struct Decide {
-  static constexpr int kThreads = 64, kBlocks = 4, kPhases = 1;
-  struct Shared {
-    int32_t unused;
-  };
-  SelectTables tables;
-
-  template <int>
-  PF_HD void phase(Shared&, const Block& block) const {
-    const int64_t i = block.index * kThreads + block.thread;
-    if (i >= tables.num_wanted) return;
-    Wanted& w = tables.wanted[i];
+struct Decide : EveryQuery<Decide> {
+  PF_HD void of(Wanted& w) const {
     SelectQuery& q = tables.queries[w.query];
     Radix& r = tables.radix[w.low_radix];
     tables.radix[w.high_radix].count = 0;
@@ -309,18 +307,8 @@ struct Decide {
   }
 };
 
-struct Finish {
-  static constexpr int kThreads = 64, kBlocks = 4, kPhases = 1;
-  struct Shared {
-    int32_t unused;
-  };
-  SelectTables tables;
-
-  template <int>
-  PF_HD void phase(Shared&, const Block& block) const {
-    const int64_t i = block.index * kThreads + block.thread;
-    if (i >= tables.num_wanted) return;
-    const Wanted& w = tables.wanted[i];
+struct Finish : EveryQuery<Finish> {
+  PF_HD void of(const Wanted& w) const {
     SelectQuery& q = tables.queries[w.query];
     const Radix& r = tables.radix[w.low_radix];
     if (w.status != kFound) q.threshold = r.prefix, q.above = r.above, q.equal = r.equal;

@@ -193,6 +193,12 @@ int narrow_all(SelectTables tables, int64_t first, int64_t count, bool tensors, 
   return failed;
 }
 
+template <class Kernel>
+int launch_for_queries(const SelectTables& tables, const Place& place, const char* who) {
+  const Kernel kernel{{tables}};
+  return launch(kernel, kernel.blocks(), place, who);
+}
+
 int stream_all(SelectTables tables, const Header& h, const Place& place, const char* who) {
   const Unit* const units = tables.units;
   int failed = 0;
@@ -241,15 +247,14 @@ PETA_EXPORT int32_t peta_select(Place place, const uint8_t* blob, uint8_t* devic
                       h.num_wanted, h.num_radix, h.num_units, h.num_samples, h.num_arrays, h.num_small};
   int failed = launch(SmallSelect{tables}, h.num_small, place, who);
   if (failed || !h.num_wanted) return failed;
-  const int64_t queries = ceil_div(h.num_wanted, 64);
   if (!failed) failed = clear(tables.bins, h.missed + 4 - h.bins, place, who);
   if (!failed) failed = launch(TakeSample{tables}, h.num_samples, place, who);
   if (!failed) failed = narrow_all(tables, 0, h.num_arrays, false, place, who);
-  if (!failed) failed = launch(SetBrackets{tables}, queries, place, who);
+  if (!failed) failed = launch_for_queries<SetBrackets>(tables, place, who);
   if (!failed) failed = stream_all(tables, h, place, who);
-  if (!failed) failed = launch(Decide{tables}, queries, place, who);
+  if (!failed) failed = launch_for_queries<Decide>(tables, place, who);
   if (!failed) failed = narrow_all(tables, h.num_arrays, h.num_candidate_arrays, true, place, who);
-  if (!failed) failed = launch(Finish{tables}, queries, place, who);
+  if (!failed) failed = launch_for_queries<Finish>(tables, place, who);
   if (!failed && h.wants_index) failed = launch(CountEquals{tables}, h.num_units, place, who);
   if (!failed && h.wants_index) failed = launch(Locate{tables}, h.num_wanted, place, who);
   return failed;

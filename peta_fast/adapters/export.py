@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from peta_fast.adapters.results import AdapterReport, ModuleReport, Stored, adapter_card, refuse_output, write_lora
 from peta_fast.formats.hub import locate
+from peta_fast.formats.lora_config import check_fields, read_object
 from peta_fast.formats.peft_adapter import (
     CONFIG,
     PREFIX,
+    SIDECAR,
     LinearizedFactors,
     no_plain_equal,
     plain_factors,
     read_linearization,
     read_replaced,
+    refuse_nonfinite,
 )
 from peta_fast.ops.low_rank import LowRank, distance, norm_of, stacked
 
@@ -38,6 +40,7 @@ def export_adapter(
     if read.scope != "layer":
         raise no_plain_equal(str(folder))
     refuse_output(out, [folder], force)
+    refuse_nonfinite(read, str(folder / SIDECAR))
     modules, reports = {}, []
     for name, factors in read.modules.items():
         A, B = plain_factors(factors)
@@ -66,7 +69,9 @@ def _config(folder: Path, modules: list[str]) -> dict[str, Any]:
     """The config beside the linearization, or the least that PEFT wants."""
     file = folder / CONFIG
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
+        check_fields(config, str(file))
+        return config
     return {
         "peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_dropout": 0.0, "modules_to_save": None, "target_modules": sorted(modules),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from peta_fast._assignment import layer_of
+from peta_fast.adapters.inputs import reference
 from peta_fast.adapters.merge import DTYPES
 from peta_fast.adapters.replaced import as_tensor
 from peta_fast.adapters.results import AdapterReport, ModuleReport, Stored, adapter_card, refuse_output, write_lora
@@ -33,7 +34,6 @@ from peta_fast.formats.lora_adapter import numbers
 from peta_fast.formats.peft_adapter import PREFIX, target_modules
 from peta_fast.merging import parse_bytes
 from peta_fast.ops.low_rank import DenseTiles, LowRank, Tiles, refactored
-from peta_fast.recipe import ModelRef
 
 TILE = 1 << 22
 """Elements of a run of rows."""
@@ -70,8 +70,8 @@ def extract_adapter(
     Raises RecipeError, CheckpointError, CompatibilityError or ResourceError; nothing is written then.
     """
     began = time.perf_counter()
-    _check(rank, energy, rest, dtype)
-    references = [ModelRef.parse(str(name)) for name in (model, base)]
+    _check(rank, energy, rest, dtype, seed)
+    references = [reference(what, str(name)) for what, name in (("model", model), ("base", base))]
     tuned, start = (open_checkpoint(locate(ref.path, ref.revision)) for ref in references)
     out = Path(out)
     refuse_output(out, [Path(c.directory or c.path) for c in (tuned, start)], force)
@@ -117,7 +117,9 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _check(rank: int, energy: float | None, rest: str, dtype: str) -> None:
+def _check(rank: int, energy: float | None, rest: str, dtype: str, seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise RecipeError("seed", f"expected an integer from 0 to 2^63 - 1, got {seed!r}")
     if type(rank) is not int or rank < 1:
         raise RecipeError("rank", f"expected an integer of at least 1, got {rank!r}")
     if energy is not None and not 0.0 < energy <= 1.0:
@@ -159,8 +161,9 @@ class _Pairs:
         for target in targets:
             mine = [name for name in matrices if _matches(target, module_of(name))]
             if not mine:
-                near = difflib.get_close_matches(target, {module_of(n).rpartition(".")[2] for n in matrices}, 3, 0.3)
-                raise RecipeError("targets", f"{target!r} matches no matrix", f"The nearest are {', '.join(near)}.")
+                names = sorted({module_of(n).rpartition(".")[2] for n in matrices})
+                near = difflib.get_close_matches(target, names, 3, 0.3) or names[:8]
+                raise RecipeError("targets", f"{target!r} matches no matrix", f"There are {', '.join(near)}.")
             found += mine
         return list(dict.fromkeys(found))
 

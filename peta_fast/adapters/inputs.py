@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peta_fast.errors import CompatibilityError
+from peta_fast.errors import CompatibilityError, RecipeError
 from peta_fast.formats.hub import locate
 from peta_fast.formats.lora_adapter import LoraAdapter, LoraModule, open_adapter
 from peta_fast.ops.low_rank import LowRank
@@ -78,8 +78,22 @@ class AdapterSet:
 
 def open_adapters(names: Sequence[str]) -> list[LoraAdapter]:
     """By path or hub id with an optional revision."""
-    references = [ModelRef.parse(name) for name in names]
+    references = [reference("adapters", name) for name in names]
     return [open_adapter(locate(ref.path, ref.revision)) for ref in references]
+
+
+def reference(what: str, name: str) -> ModelRef:
+    """A path or hub id with an optional revision, and nothing on it. Raises RecipeError, `what` saying of what."""
+    try:
+        found = ModelRef.parse(name)
+    except ValueError as error:
+        raise RecipeError(what, f"expected a path or hub id, got {name!r}: {error}") from None
+    if found.adapters:
+        raise RecipeError(
+            what, f"expected a path or hub id alone, got {name!r}, a model with adapters on it",
+            "Apply them first: `peta-fast adapter apply`.",
+        )  # fmt: skip
+    return found
 
 
 def _one_base(adapters: Sequence[LoraAdapter]) -> str | None:

@@ -21,15 +21,16 @@ from peta_fast.adapters.replaced import carried
 from peta_fast.adapters.results import CARD, AdapterReport, ModuleReport, adapter_card, refuse_output
 from peta_fast.adapters.settings import Settings
 from peta_fast.errors import CompatibilityError
-from peta_fast.formats.disk import write_whole
 from peta_fast.formats.peft_adapter import (
     PREFIX,
+    SIDECAR,
     Linearization,
     LinearizedFactors,
     plain_factors,
     plain_ranks,
     rank_fields,
     read_linearization,
+    refuse_nonfinite,
     write_adapter,
 )
 from peta_fast.nn.combine import check_same_point
@@ -46,6 +47,8 @@ def merge_linearized(settings: Settings, out: Path, *, base: str | None, threads
         group = AdapterSet(opened, base)
         refuse_output(out, [adapter.path for adapter in opened], force)
         read = [read_linearization(adapter.path) for adapter in opened]
+        for adapter, one in zip(opened, read, strict=True):
+            refuse_nonfinite(one, str(adapter.path / SIDECAR))
         scope = _one_scope(settings, read)
         kept = carried(opened)
     resolver = settings.resolver([f"{name}.weight" for one in read for name in one.modules])
@@ -61,11 +64,11 @@ def merge_linearized(settings: Settings, out: Path, *, base: str | None, threads
             reports.append(ModuleReport(name, stored.rank, norm_of(exact), distance(stored, exact)))
     with clock("writing"):
         config = merged_config(group, kept) | rank_fields(plain_ranks(modules))
-        write_adapter(out, Linearization(modules, scope), config, {k.removeprefix(PREFIX): t for k, t in kept.items()})
         card = adapter_card(
             group.base, list(settings.adapters), f"{settings.method} in phi space", settings.recipe.text
         )
-        write_whole(out / CARD, card.encode())
+        replaced = {key.removeprefix(PREFIX): tensor for key, tensor in kept.items()}
+        write_adapter(out, Linearization(modules, scope), config, replaced, {CARD: card.encode()})
     notes = [] if is_sum else [f"{settings.method} over the steps is no sum: the error is its distance from {SUM}"]
     return AdapterReport(out, settings.method, SUM, reports, sorted(kept), dict(clock.seconds), notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from peta_fast.errors import ResourceError
 from peta_fast.formats import model_card
-from peta_fast.formats.disk import resource_error, write_whole
-from peta_fast.formats.peft_adapter import CONFIG, PREFIX, SIDECAR, WEIGHTS, rank_fields, write_tensors
+from peta_fast.formats.disk import real_path, save_tensors, write_together
+from peta_fast.formats.peft_adapter import CONFIG, PREFIX, SIDECAR, WEIGHTS, rank_fields
 from peta_fast.ops.low_rank import LowRank
 
 CARD = "README.md"
-OLD_FILES = (CONFIG, SIDECAR, "adapter_model.bin", WEIGHTS)
+OLD_FILES = (SIDECAR, "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,18 @@ class Stored:
 
 def refuse_output(out: Path, inputs: Sequence[Path], force: bool) -> None:
     """Raises ResourceError where the folder holds something already, or is an input or lies in one."""
-    if out.exists() and not out.is_dir():
-        raise ResourceError(str(out), "expected a folder for the adapter, found a file")
-    place = out.expanduser().resolve()
+    if os.path.lexists(out) and not out.is_dir():
+        raise ResourceError(
+            str(out), "expected a folder for the adapter, found a file or a broken link", "Choose another folder."
+        )
+    place = real_path(out)
     for path in inputs:
-        folder = Path(path).expanduser().resolve()
+        folder = real_path(path)
         if place == folder or folder in place.parents or place in folder.parents:
             raise ResourceError(
                 str(out), f"lies in, or holds, the input {path}", "Choose a folder outside of all inputs."
             )
-    held = [name for name in (*OLD_FILES, CARD) if (out / name).exists()]
+    held = [name for name in (CONFIG, WEIGHTS, *OLD_FILES, CARD) if os.path.lexists(out / name)]
     if held and not force:
         raise ResourceError(str(out), f"holds {held[0]} already", "Use --force to replace it.")
 
@@ -124,22 +127,19 @@ def refuse_output(out: Path, inputs: Sequence[Path], force: bool) -> None:
 def write_lora(
     out: Path, modules: Mapping[str, Stored], replaced: Mapping[str, Tensor], config: Mapping[str, Any], card: str
 ) -> None:
-    """adapter_model.safetensors, README.md, and the config last. replaced: by the keys they are to have.
+    """adapter_model.safetensors, README.md and the config, all or none. replaced: by the keys they are to have.
 
-    Raises ResourceError when a file cannot be written.
+    Raises ResourceError when a file cannot be written; what the folder held is there as it was then.
     """
     tensors = {key: t for name, stored in modules.items() for key, t in stored.tensors(name).items()}
     ranks = {name: stored.change.rank for name, stored in modules.items()}
     text = json.dumps({**config, **rank_fields(ranks)}, indent=2, sort_keys=True, default=str) + "\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in OLD_FILES:
-            (out / name).unlink(missing_ok=True)
-        write_tensors(out / WEIGHTS, {**tensors, **replaced}, {"format": "pt"})
-    except OSError as error:
-        raise resource_error(out, "written", error) from error
-    write_whole(out / CARD, card.encode())
-    write_whole(out / CONFIG, text.encode())
+    files = {
+        WEIGHTS: lambda path: save_tensors({**tensors, **replaced}, path, {"format": "pt"}),
+        CARD: card.encode(),
+        CONFIG: text.encode(),
+    }
+    write_together(out, files, old=OLD_FILES)
 
 
 def adapter_card(base: str | None, models: Sequence[str], method: str, recipe: str) -> str:

@@ -97,8 +97,7 @@ def read_settings(
         space, inner = space or given.pop("space", None), inner or given.pop("inner", None)
         for key in ("rank", "space", "inner"):
             given.pop(key, None)
-        listed = given.pop("adapters", None) or given.pop("models", None) or []
-        models = [_entry(member) for member in listed]
+        models = [_entry(member) for member in _listed(given)]
     else:
         models = [{"model": str(path)} for path in source]
         given = {"seed": seed, "parameters": dict(parameters or {})}
@@ -117,12 +116,26 @@ def _load(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), f"cannot be read as a recipe: {error}") from error
     faults = Faults()
-    locate_documents(text, str(path), faults)
+    documents = locate_documents(text, str(path), faults)
     faults.raise_all()
+    if len(documents) > 1:
+        raise RecipeError(str(path), f"expected one recipe, got {len(documents)} between ---", "Merge them one by one.")
     found = yaml.safe_load(text)
     if not isinstance(found, dict):
         raise RecipeError(str(path), f"expected a mapping, got {type(found).__name__}")
     return found
+
+
+def _listed(given: dict[str, Any]) -> list:
+    """The adapters of a recipe, taken out of it. Raises RecipeError for what is no list, or has no mappings below."""
+    listed = given.pop("adapters", None) or given.pop("models", None) or []
+    if not isinstance(listed, list | tuple):
+        raise RecipeError("adapters", f"expected a list of adapters, got {listed!r}")
+    for who, holder in (("parameters", given), *((f"adapters[{i}].parameters", m) for i, m in enumerate(listed))):
+        parameters = holder.get("parameters") if isinstance(holder, Mapping) else None
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise RecipeError(who, f"expected a mapping, got {parameters!r}")
+    return list(listed)
 
 
 def _entry(member: Any) -> dict[str, Any]:
@@ -195,5 +208,5 @@ def _is_element_wise(name: str) -> bool:
 def _nearest(name: str, known: Sequence[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(str(name), known, 1)
     return f"; did you mean {near[0]!r}?" if near else ""

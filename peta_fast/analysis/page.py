@@ -11,6 +11,7 @@ from typing import Any
 
 from peta_fast.analysis.figures import Figure, require_matplotlib
 from peta_fast.errors import RecipeError, ResourceError
+from peta_fast.formats.disk import real_path, write_together
 
 PAGE = "index.html"
 SHOWN = 30
@@ -39,8 +40,9 @@ def write_figures(
     facts  (name, value) rows of the table at the page's top
     force  replace figures that are in `out`
 
-    Everything is drawn before anything is written, and the page comes last. Raises RecipeError when two figures share a
-    name, PetaFastError without matplotlib, ResourceError when the folder holds a report already or cannot be written.
+    Everything is drawn before anything is written, all files or none, and the page comes last. Raises RecipeError when
+    two figures share a name, PetaFastError without matplotlib, ResourceError when the folder holds a report already or
+    cannot be written.
     """
     out = Path(out)
     names = [figure.name for figure in figures]
@@ -52,22 +54,19 @@ def write_figures(
     content = {f"{name}.png": png for name, png in pictures.items()}
     content |= {f"{figure.name}.csv": figure.csv().encode() for figure in figures}
     content[PAGE] = page(figures, pictures, title, facts).encode()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in content.items():
-            unfinished = out / f"{name}.partial"
-            unfinished.write_bytes(data)
-            os.replace(unfinished, out / name)
-    except OSError as error:
-        raise ResourceError(str(out), f"cannot be written: {error.strerror or error}") from error
+    write_together(out, content)
     return out / PAGE
 
 
-def require_free(out: str | Path, force: bool) -> None:
-    """Raises ResourceError when `out` is a file, or holds a report and force is not set."""
+def require_free(out: str | Path, force: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Raises ResourceError when `out` is a file, is or lies in one of the inputs, or holds a report and force is not
+    set."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ResourceError(str(out), "expected a folder, got a file")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ResourceError(str(out), "expected a folder, got a file or a broken link", "Name another folder.")
+    for path in inputs:
+        if os.path.isdir(path) and real_path(path) in (real_path(out), *real_path(out).parents):
+            raise ResourceError(str(out), f"lies inside the input {path}", "Name a folder outside of all inputs.")
     if (out / PAGE).exists() and not force:
         raise ResourceError(str(out), f"holds a report already ({PAGE})", "Name another folder, or give --force.")
 

@@ -40,6 +40,11 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         raise UsageError(option, f"expected numbers with commas between them, got {text!r}") from None
 
 
+OPTIONS = ("adapters", "base", "compat", "dtype", "force", "inner", "max_memory", "max_shard_size", "method", "models",
+           "out", "rank", "replaced", "resume", "seed", "space", "threads", "weights")  # fmt: skip
+"""What --set cannot set: it has an option or an argument of its own."""
+
+
 def keys(settings: Sequence[str] | None, density: float | None) -> dict[str, Any]:
     """lambda=0.5 -> {"lambda": 0.5}: values as YAML has them. Raises UsageError."""
     from peta_fast.cli._errors import UsageError
@@ -49,10 +54,23 @@ def keys(settings: Sequence[str] | None, density: float | None) -> dict[str, Any
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise UsageError("--set", f"expected KEY=VALUE, got {word!r}")
-        import yaml
-
-        found[name] = yaml.safe_load(value)
+        if name in OPTIONS:
+            raise UsageError("--set", f"expected a key of the method, got {name!r}", "Run the command with --help.")
+        if name in found:
+            raise UsageError("--set", f"{name!r} is given twice")
+        found[name] = _as_yaml(word, value)
     return found
+
+
+def _as_yaml(word: str, value: str) -> Any:
+    import yaml
+
+    from peta_fast.cli._errors import UsageError
+
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UsageError("--set", f"expected KEY=VALUE with a value as in YAML, got {word!r}") from None
 
 
 def print_report(report, as_json: bool, limit: int | None) -> None:

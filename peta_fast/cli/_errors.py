@@ -51,6 +51,12 @@ def _report(error: BaseException, words: list[str], debug: bool) -> int:
     if isinstance(error, PetaFastError):
         _say(f"{type(error).__name__}: {error}")
         return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        from peta_fast.formats.disk import next_step
+
+        named = ResourceError(os.fsdecode(error.filename), error.strerror, next_step(error))
+        _say(f"{type(error).__name__}: {named}")
+        return ResourceError.exit_code
     if isinstance(error, OSError | MemoryError):
         _say(f"{type(error).__name__}: {str(error) or 'not enough memory. Lower --max-memory or --threads.'}")
         return ResourceError.exit_code

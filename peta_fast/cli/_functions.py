@@ -1,29 +1,72 @@
-"""Functions of the user's own, named on the command line as MODULE:FUNCTION."""
+"""Functions of the user's own, named on the command line as module:function or file.py:function."""
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+import traceback
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from peta_fast.cli._errors import UsageError
 
 
-def function_at(text: str, option: str) -> Callable:
+def function_at(option: str, spelled: str) -> Callable:
     """The function; modules of the current folder are found too. Raises UsageError when it is not there."""
+    module_name, colon, name = spelled.rpartition(":")
+    if not colon or not module_name or not name:
+        raise UsageError(option, f"expected module:function, got {spelled!r}")
+    module = _imported(option, module_name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, [n for n in vars(module) if callable(getattr(module, n))], 1)
+        raise UsageError(option, f"{module_name} has no function {name!r}", f"Did you mean {near[0]}?" if near else "")
+    return function
+
+
+def reporting(option: str, spelled: str, function: Callable) -> Callable:
+    """The function; what it raises becomes a UsageError that says where."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise _raised(option, spelled, error) from error
+
+    return called
+
+
+def _imported(option: str, module_name: str) -> ModuleType:
     import importlib
-    import os
-    import sys
+    import importlib.util
 
-    from peta_fast.cli._errors import UsageError
-
-    module, _, name = text.partition(":")
-    if not module or not name:
-        raise UsageError(f"--{option}", f"expected MODULE:FUNCTION, got {text!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
+        if module_name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(
+                os.path.splitext(os.path.basename(module_name))[0], module_name
+            )
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            return module
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(module_name)
+    except (ImportError, OSError, SyntaxError) as error:
         raise UsageError(
-            f"--{option}", f"cannot import {module!r}: {error}", "Run it where the module lies."
+            option, f"{module_name} cannot be imported: {error}", "Run it where the module lies."
         ) from error
-    if not callable(found):
-        raise UsageError(f"--{option}", f"{module!r} has no function {name!r}")
-    return found
+    except (Exception, SystemExit) as error:
+        raise _raised(option, module_name, error) from error
+
+
+def _raised(option: str, who: str, error: BaseException) -> UsageError:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    said = f": {error}" if str(error) else ""
+    return UsageError(option, f"{who} raised {type(error).__name__}{said}{where}", "--debug shows the traceback.")

@@ -14,7 +14,7 @@ EPILOG = """What is evaluated, each a Python function as MODULE:FUNCTION (found 
   --loss     f(state, task) -> mean loss on that task's data
 state is a dict name -> torch tensor that the next call overwrites; task is a model's name."""
 
-OPTIONS = {"evaluate": "eval", "predict": "predict", "loss": "loss"}
+OPTIONS = {"evaluate": "--eval", "predict": "--predict", "loss": "--loss"}
 """Keyword of Functions -> the option that names it."""
 
 
@@ -37,12 +37,15 @@ def report(
     from peta_fast.analysis.figures import require_matplotlib
     from peta_fast.analysis.page import require_free, write_figures
     from peta_fast.analysis.report import Functions, report_figures
-    from peta_fast.cli._functions import function_at
+    from peta_fast.cli._functions import function_at, reporting
 
     require_matplotlib()
-    require_free(out, force)
+    require_free(out, force, inputs=[base, *models])
     given = {"evaluate": evaluate, "predict": predict, "loss": loss}
-    functions = Functions(**{name: function_at(text, OPTIONS[name]) for name, text in given.items() if text})
+    spelled = {name: text for name, text in given.items() if text is not None}
+    functions = Functions(**{
+        name: reporting(OPTIONS[name], text, function_at(OPTIONS[name], text)) for name, text in spelled.items()
+    })  # fmt: skip
     labels = names.split(",") if names is not None else None
     found = report_figures(
         base, models, names=labels, functions=functions, points=points, threads=threads, tell=_teller(quiet)

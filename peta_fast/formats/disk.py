@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from peta_fast.errors import ResourceError
@@ -20,6 +23,11 @@ _NEXT_STEPS = {
     errno.EFBIG: "Lower --max-shard-size, or raise the limit on file sizes (`ulimit -f`).",
     errno.EIO: "The disk reports a defect: write to another one.",
     errno.ENOENT: "Create the output directory first.",
+    errno.ELOOP: "It is a link that leads to itself: name another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EISDIR: "A folder is in the way: move it, or write to another place.",
+    errno.ENOTDIR: "A file is in the way: move it, or write to another place.",
+    errno.EEXIST: "A file or a broken link is in the way: move it, or write to another place.",
 }
 
 
@@ -38,9 +46,12 @@ def resource_error(path: Path, action: str, error: OSError) -> ResourceError:
         space = f" ({free_bytes(path.parent):,} bytes free)"
     except OSError:
         space = ""
-    return ResourceError(
-        str(path), f"cannot be {action}: {error.strerror or error}{space}", _NEXT_STEPS.get(error.errno or 0, "")
-    )
+    return ResourceError(str(path), f"cannot be {action}: {error.strerror or error}{space}", next_step(error))
+
+
+def next_step(error: OSError) -> str:
+    """What helps against it; empty where that is not known."""
+    return _NEXT_STEPS.get(error.errno or 0, "")
 
 
 def sync_directory(directory: Path) -> None:
@@ -74,13 +85,105 @@ def make_directory(directory: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all, replacing what was there. Raises ResourceError."""
+    write_file(path, lambda partial: partial.write_bytes(content))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """write(partial), then the final name: a file of that name is always whole. Raises ResourceError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise resource_error(path, "written", error) from error
+        _write_synced(partial, write)
+    except BaseException as error:
+        found = resource_error(path, "written", error) if isinstance(error, OSError) else None
+        _unlink(partial)
+        if found is not None:
+            raise found from error
+        raise
     publish(partial, path)
+
+
+def write_together(
+    folder: Path, files: Mapping[str, bytes | Callable[[Path], object]], old: Iterable[str] = ()
+) -> None:
+    """Writes all of these files, or none: what the folder holds stays until the last of them is on the disk.
+
+    files  name -> its content, or what writes it to a path. The last one is what makes the others be found: it loses
+           its old file first and gets its name last
+    old    names of other files that what was there had
+
+    Raises ResourceError; partial files, and a folder that was made for them, are gone then.
+    """
+    partials = {name: folder / (name + PARTIAL) for name in files}
+    made = _missing(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name, content in files.items():
+            _refuse_folder(folder / name)
+            _write_synced(partials[name], content if callable(content) else _writer(content))
+    except BaseException as error:
+        found = resource_error(folder, "written", error) if isinstance(error, OSError) else None  # with the room left
+        for path in partials.values():
+            _unlink(path)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if found is not None:
+            raise found from error
+        raise
+    try:
+        for name in (*reversed(files), *old):
+            (folder / name).unlink(missing_ok=True)
+        for name, partial in partials.items():
+            os.replace(partial, folder / name)
+        sync_directory(folder)
+    except OSError as error:
+        raise resource_error(folder, "completed", error) from error
+
+
+def save_tensors(tensors: Mapping[str, object], path: Path, metadata: Mapping[str, str]) -> None:
+    """safetensors' own writer of torch tensors. Raises OSError, as every other way to write a file does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links that comparisons of inputs and outputs use; where links lead to themselves, as
+    far as it can be followed."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def _write_synced(path: Path, write: Callable[[Path], object]) -> None:
+    write(path)
+    with open(path, "rb+") as written:
+        os.fsync(written.fileno())
+
+
+def _writer(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise OSError(errno.EISDIR, f"{path.name} is a folder")
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Folders that making this one makes, the innermost first."""
+    found = []
+    while not os.path.lexists(folder) and folder != folder.parent:
+        found.append(folder)
+        folder = folder.parent
+    return found

@@ -26,9 +26,8 @@ import numpy as np
 from peta_fast.buffers import Buffer
 from peta_fast.errors import CheckpointError, CompatibilityError
 from peta_fast.formats.checkpoint import Checkpoint, open_checkpoint
-from peta_fast.formats.input_file import InputFile
-from peta_fast.formats.peft_adapter import CONFIG, PREFIX, variants_of
-from peta_fast.formats.strict_json import parse_json
+from peta_fast.formats.lora_config import pattern_value, read_config
+from peta_fast.formats.peft_adapter import CONFIG, PREFIX
 from peta_fast.formats.tensor_index import TensorInfo
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -116,6 +115,10 @@ class LoraAdapter:
 
     def _matrix(self, key: str, copy: bool) -> np.ndarray:
         info = self.stored_info(key)
+        if info.dtype not in (*_NUMPY, "BF16"):
+            raise CompatibilityError(
+                str(info.file), f"{key!r} is {info.dtype}, expected F64, F32, F16 or BF16", "Convert it."
+            )
         found = numbers(self.stored.buffer(key), copy).reshape(info.shape[0], math.prod(info.shape[1:]))
         with np.errstate(all="ignore"):
             suspicious = not np.isfinite(found.sum())  # a sum of finite numbers may overflow, too
@@ -149,32 +152,6 @@ def open_adapter(path: str | Path) -> LoraAdapter:
     config = read_config(path)
     stored = open_checkpoint(_weights(path))
     return LoraAdapter(path, config, stored)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises CheckpointError where there is none, CompatibilityError for variants of LoRA."""
-    file = folder / CONFIG
-    if not file.is_file():
-        raise CheckpointError(str(folder), f"expected a PEFT adapter, found no {CONFIG}", "Check the path.")
-    with InputFile(file) as source:
-        config = parse_json(source.read(0, source.size), str(file), "the configuration", infinities=True)
-    if not isinstance(config, dict):
-        raise CheckpointError(str(file), f"expected a JSON object, got {type(config).__name__}")
-    kind = config.get("peft_type") or "LORA"
-    unknown = [key for key, value in config.items() if key.startswith("use_") and key != "use_rslora" and value]
-    variants = ([] if kind == "LORA" else [f"peft_type={kind!r}"]) + list(
-        dict.fromkeys([*variants_of(config), *unknown])
-    )
-    if config.get("ensure_weight_tying"):
-        variants.append("ensure_weight_tying")
-    if variants:
-        raise CompatibilityError(
-            str(file),
-            f"expected plain LoRA, got {', '.join(variants)}",
-            "Its change of the weights is not scaling B A; convert it to plain LoRA first (PEFT's merge_and_unload, "
-            "then `peta-fast adapter extract`).",
-        )
-    return config
 
 
 def _weights(folder: Path) -> Path:
@@ -247,24 +224,19 @@ class _Keys:
             raise CheckpointError(
                 self.file, f"{name!r}: {A} is {list(a)} and {B} {list(b)}, expected one rank of at least 1"
             )
-        wanted = pattern_value(self.config.get("rank_pattern"), name, self.config.get("r", 8))
+        wanted = pattern_value(self.config.get("rank_pattern"), name, self._value("r"))
         if wanted != rank:
             raise CheckpointError(
                 self.file, f"{name!r} has rank {rank}, but {CONFIG} says {wanted}", "Save both files together again."
             )
-        alpha = pattern_value(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8))
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(self.file, f"lora_alpha of {name!r} is {alpha!r}, expected a number")
+        alpha = pattern_value(self.config.get("alpha_pattern"), name, self._value("lora_alpha"))
         scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         return LoraModule(name, A, B, rank, alpha, scaling, embedding, (b[0], math.prod(a[1:])), (a, b))
 
-
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the end of the name, from a dot on, wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    def _value(self, field: str) -> Any:
+        """Of r or lora_alpha, which are 8 where the config does not say."""
+        value = self.config.get(field)
+        return 8 if value is None else value
 
 
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}

@@ -15,15 +15,16 @@ Source: PEFT 0.21, docs/source/developer_guides/checkpoint.md.
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peta_fast.errors import CheckpointError, CompatibilityError
+from peta_fast.formats.disk import save_tensors, write_file, write_together
 
 Tensor = Any
 """A torch.Tensor; torch is imported where it is needed, and not before."""
@@ -32,7 +33,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "linearization.safetensors"
 FORMAT_VERSION = "1"
+SCOPES = ("layer", "model")
 PREFIX = "base_model.model."
+PARTS = ("A0", "B0", "delta_A", "delta_B")
+BY_MODULE = ("scaling", "alpha", "rslora")
+"""JSON objects in a sidecar's metadata: a value by module."""
 
 VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "arrow_config", "alora_invocation_tokens", "kasa_config",
@@ -164,37 +169,54 @@ def sidecar_tensors(modules: Mapping[str, LinearizedFactors]) -> dict[str, Tenso
     """The content of linearization.safetensors."""
     tensors = {}
     for name, factors in modules.items():
-        for part in ("A0", "B0", "delta_A", "delta_B"):
+        for part in PARTS:
             if getattr(factors, part) is not None:
                 tensors[f"{name}.{part}"] = at_least_fp32(getattr(factors, part))
     return tensors
 
 
 def write_sidecar(folder: Path, linearization: Linearization) -> None:
+    """Raises ResourceError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / SIDECAR, sidecar_writer(linearization))
+
+
+def sidecar_writer(linearization: Linearization) -> Callable[[Path], None]:
+    """Writes linearization.safetensors to a path."""
     modules = linearization.modules
-    by_module = {part: {n: getattr(f, part) for n, f in modules.items()} for part in ("scaling", "alpha", "rslora")}
+    by_module = {part: {n: getattr(f, part) for n, f in modules.items()} for part in BY_MODULE}
     metadata = {"format": "pt", "format_version": FORMAT_VERSION, "scope": linearization.scope}
     metadata |= {part: json.dumps(values) for part, values in by_module.items()}
-    write_tensors(folder / SIDECAR, sidecar_tensors(modules), metadata)
+    return lambda path: save_tensors(sidecar_tensors(modules), path, metadata)
 
 
 def write_adapter(
-    folder: Path, linearization: Linearization, config: Mapping[str, Any], replaced: Mapping[str, Tensor]
+    folder: Path,
+    linearization: Linearization,
+    config: Mapping[str, Any],
+    replaced: Mapping[str, Tensor],
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes the three files, each whole or not at all, the config last.
+    """Writes the three files, all or none, the config last.
 
     replaced  tensors of modules_to_save by their names in the base model: full values, not differences
-    Raises CompatibilityError for a whole-model linearization, which equals no adapter of plain PEFT.
+    others    further files, by name
+    Raises CompatibilityError for a whole-model linearization, which equals no adapter of plain PEFT; ResourceError.
     """
     if linearization.scope != "layer":
         raise no_plain_equal(str(folder))
     tensors = plain_tensors(linearization.modules)
     tensors |= {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in replaced.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_sidecar(folder, linearization)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    publish(folder / CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_together(
+        folder,
+        {
+            **(others or {}),
+            SIDECAR: sidecar_writer(linearization),
+            WEIGHTS: lambda path: save_tensors(tensors, path, {"format": "pt"}),
+            CONFIG: text.encode(),
+        },
+    )
 
 
 def no_plain_equal(who: str) -> CompatibilityError:
@@ -206,19 +228,9 @@ def no_plain_equal(who: str) -> CompatibilityError:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    from safetensors.torch import save_file
-
+    """Raises ResourceError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    publish(file, lambda partial: save_file(dict(tensors), partial, metadata=dict(metadata)))
-
-
-def publish(file: Path, write) -> None:
-    """write(partial), then the final name: a file of that name is always whole."""
-    partial = file.with_name(file.name + ".partial")
-    write(partial)
-    with open(partial, "rb+") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, file)
+    write_file(file, lambda partial: save_tensors(tensors, partial, metadata))
 
 
 def read_linearization(folder: Path) -> Linearization:
@@ -245,7 +257,7 @@ def linearization_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(who, f"format_version is {version!r}, expected {FORMAT_VERSION!r}", "Update peta_fast.")
-    by_module = {part: json_object(metadata, part, who) for part in ("scaling", "alpha", "rslora")}
+    by_module = {part: json_object(metadata, part, who) for part in BY_MODULE}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
@@ -261,25 +273,74 @@ def linearization_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
         modules[name] = LinearizedFactors(
             found["A0"], found.get("B0"), found.get("delta_A"), found["delta_B"], **values
         )
+        _check_factors(modules[name], name, who)
     if not modules:
         raise CheckpointError(who, "holds no module", "Save the adapter again.")
-    return Linearization(modules, metadata.get("scope", "layer"))
+    scope = metadata.get("scope", "layer")
+    if scope not in SCOPES:
+        raise CheckpointError(who, f"scope is {scope!r}, expected {' or '.join(SCOPES)}", "Update peta_fast.")
+    return Linearization(modules, scope)
+
+
+def _check_factors(f: LinearizedFactors, name: str, who: str) -> None:
+    """Raises CheckpointError where shapes, dtypes or numbers cannot be those of a linearized adapter."""
+    shapes = {part: list(t.shape) for part in PARTS if (t := getattr(f, part)) is not None}
+    r = f.A0.shape[0] if f.A0.dim() == 2 else 0
+    expected = {"A0": [r, f.A0.shape[-1:].numel()], "delta_B": [f.delta_B.shape[:1].numel(), r]}
+    expected |= {"delta_A": expected["A0"], "B0": expected["delta_B"]}
+    if r < 1 or any(shape != expected[part] for part, shape in shapes.items()):
+        said = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+        raise CheckpointError(
+            who, f"{name!r} has {said}, expected A0 and delta_A [r, in], B0 and delta_B [out, r] with r >= 1",
+            "Save the adapter again.",
+        )  # fmt: skip
+    strange = [f"{part} of {getattr(f, part).dtype}" for part in shapes if not getattr(f, part).is_floating_point()]
+    numbers = {"scaling": f.scaling, "alpha": f.alpha}
+    strange += [f"{k} {v!r}" for k, v in numbers.items() if type(v) not in (int, float) or not math.isfinite(v)]
+    strange += [] if isinstance(f.rslora, bool) else [f"rslora {f.rslora!r}"]
+    if strange:
+        raise CheckpointError(
+            who, f"{name!r} has {', '.join(strange)}, expected floating-point factors and finite numbers",
+            "Save the adapter again.",
+        )  # fmt: skip
+
+
+def refuse_nonfinite(linearization: Linearization, who: str) -> None:
+    """Raises CheckpointError that names the first factor with NaN or infinities."""
+    for name, factors in linearization.modules.items():
+        for part in PARTS:
+            tensor = getattr(factors, part)
+            bad = 0 if tensor is None else int((~tensor.isfinite()).sum())
+            if bad:
+                raise CheckpointError(
+                    who, f"'{name}.{part}': expected finite values, got {bad} NaN or inf",
+                    "Train or download it again.",
+                )  # fmt: skip
 
 
 def json_object(metadata: Mapping[str, str], part: str, who: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata[part])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(who, f"its metadata holds no JSON object {part!r}", "Save the adapter again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(who, f"its metadata holds no JSON object {part!r}", "Save the adapter again.")
     return value
 
 
 def read_replaced(folder: Path) -> dict[str, Tensor]:
-    """The tensors of modules_to_save in adapter_model.safetensors, by their names in the base model."""
+    """The tensors of modules_to_save in adapter_model.safetensors, by their names in the base model.
+
+    Raises CheckpointError when the file cannot be read.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = Path(folder) / WEIGHTS
-    stored = load_file(file) if file.is_file() else {}
+    try:
+        stored = load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error}", "Save the adapter again.") from error
     return {
         key.removeprefix(PREFIX): t
         for key, t in stored.items()

@@ -47,8 +47,20 @@ def memory(params: Params, shape: tuple[int, ...], models: int) -> int:
 
 
 def merge(base, models, params: Params, tensor: TensorSpec):
+    for file, statistics in zip(params.statistics, tensor.statistics, strict=True):
+        _refuse_negative(file, tensor.name, statistics.fisher)
     weights = [w * _factor(s, tensor) for w, s in zip(params.weight, tensor.statistics, strict=True)]
     return weighted(models, [s.fisher for s in tensor.statistics], weights, params.weight, tensor.compat)
+
+
+def _refuse_negative(file: str, name: str, fisher) -> None:
+    """Raises CheckpointError for what is no mean of squares."""
+    wrong = int((fisher < 0).sum())
+    if wrong:
+        raise CheckpointError(
+            file, f"'{name}.fisher': expected means of squares, got {wrong} negative values",
+            "Collect them with peta_fast.collect_statistics.",
+        )  # fmt: skip
 
 
 def _factor(statistics, tensor: TensorSpec) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peta_fast.errors import CompatibilityError, RecipeError
+from peta_fast.formats.lora_config import pattern_value
 from peta_fast.formats.peft_adapter import (
     Linearization,
     LinearizedFactors,
@@ -21,7 +22,7 @@ from peta_fast.nn import base_layer
 from peta_fast.nn.adapter import AdapterSpec, LinearizedAdapter
 from peta_fast.nn.groups import Groups, check_groups, group_projections
 from peta_fast.nn.linear import DEFAULT, LinearizedLoRALinear
-from peta_fast.nn.targets import find_targets, is_tail, pattern_value
+from peta_fast.nn.targets import find_targets, is_tail
 from peta_fast.nn.whole_model import LinearizedModel
 
 SCOPES = ("layer", "model")

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from peta_fast.errors import CompatibilityError
+from peta_fast.formats.lora_config import pattern_value
 from peta_fast.formats.peft_adapter import (
     PREFIX,
     WEIGHTS,
@@ -27,7 +28,6 @@ from peta_fast.formats.peft_adapter import (
     write_tensors,
 )
 from peta_fast.nn.adapter import scaling_of
-from peta_fast.nn.targets import pattern_value
 
 PARTS = ("lora_A.weight", "lora_A.step", "lora_B.weight", "lora_B.step")
 

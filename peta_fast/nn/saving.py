@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
+from peta_fast.formats.lora_config import read_object
 from peta_fast.formats.peft_adapter import (
     CONFIG,
     Linearization,
@@ -163,7 +163,10 @@ def put_factors(layer: LinearizedLoRALinear, name: str, factors, dropout: float)
 
 def stored_dropout(folder: Path) -> float:
     file = folder / CONFIG
-    return float(json.loads(file.read_text(encoding="utf-8")).get("lora_dropout", 0.0)) if file.is_file() else 0.0
+    value = read_object(file).get("lora_dropout") if file.is_file() else None
+    if value is not None and not (type(value) in (int, float) and 0.0 <= value <= 1.0):
+        raise CheckpointError(str(file), f"lora_dropout is {value!r}, expected a probability", "Save it again.")
+    return float(value or 0.0)
 
 
 def load_replaced(model: nn.Module, folder: Path, is_trainable: bool) -> None:

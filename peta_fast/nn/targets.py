@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 from torch import nn
 
@@ -13,7 +12,6 @@ from peta_fast.errors import RecipeError
 from peta_fast.nn import base_layer
 
 ALL_LINEAR = "all-linear"
-Value = TypeVar("Value")
 
 
 def find_targets(model: nn.Module, target_modules: Collection[str] | str) -> dict[str, nn.Module]:
@@ -61,11 +59,3 @@ def no_match(missing: list[str], modules: Mapping[str, nn.Module]) -> RecipeErro
         f"no module matches {named or 'an empty list'}",
         f"The nearest Linear modules are {listed}." if listed else "The model has no Linear.",
     )
-
-
-def pattern_value(patterns: Mapping[str, Value] | None, name: str, default: Value) -> Value:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the end of the name, from a dot on, wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.formats import open_checkpoint
-from peta_fast.formats.peft_adapter import publish, write_tensors
+from peta_fast.formats.disk import write_whole
+from peta_fast.formats.peft_adapter import write_tensors
 from peta_fast.formats.torch_state import torch_state
 from peta_fast.formats.trained_only import METADATA, TrainedTensors, holds_trained_only
 
@@ -62,7 +63,7 @@ def extract_trained(base: Path | str, tuned: Path | str, folder: Path | str) -> 
         save_trained(found, folder)
         if second.directory is not None and (second.directory / CONFIG).exists():
             text = (second.directory / CONFIG).read_text(encoding="utf-8")
-            publish(Path(folder) / CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_whole(Path(folder) / CONFIG, text.encode())
     return list(found)
 
 
@@ -84,7 +85,7 @@ def save_trained(model: nn.Module | TrainedTensors, folder: Path | str) -> None:
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
-        publish(folder / CONFIG, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_whole(folder / CONFIG, text.encode())
 
 
 def load_trained(model: nn.Module, folder: Path | str) -> nn.Module:

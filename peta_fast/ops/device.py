@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ TILE = np.dtype([("piece", "i4"), ("index", "i4")])
 LAUNCH = np.dtype([("first_tile", "i8"), ("tiles", "i8"), ("kernel", "i4"), ("pad", "i4")])
 MOST_LAUNCHES = 32
 TREE_WIDTH = 2048
+MORE_MEMORY = (
+    "Free some of it, merge on the CPU, or merge files with `peta-fast merge --device cuda`, which needs no room for "
+    "whole models."
+)
 KEY_BYTES = 256 << 20
 """Bytes of sort keys at once, when rows are ranked."""
 
@@ -128,18 +132,21 @@ class TorchMemory:
         """Does not wait: the staging memory is pinned, and torch keeps it until it has been read."""
         held = self.empty(array.nbytes)
         if array.nbytes:
-            staging = self.torch.empty(array.nbytes, dtype=self.torch.uint8, pin_memory=True)
+            staging = self.pinned(array.nbytes).owner
             staging.numpy()[:] = array.reshape(-1).view(np.uint8)
-            held.owner.copy_(staging, non_blocking=True)
+            with self.faults():
+                held.owner.copy_(staging, non_blocking=True)
         return held
 
     def download(self, address: int, nbytes: int) -> np.ndarray:
         """Waits for everything on the current stream."""
-        return device_bytes(address, nbytes, self.device).cpu().numpy()
+        with self.faults():
+            return device_bytes(address, nbytes, self.device).cpu().numpy()
 
     def pinned(self, nbytes: int) -> Held:
         """Memory of the host that copies to and from the device need not stage."""
-        owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, pin_memory=True)
+        with self.faults(), self.current():
+            owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, pin_memory=True)
         return Held(owner.data_ptr(), nbytes, owner)
 
     def new_stream(self) -> Any:
@@ -153,7 +160,27 @@ class TorchMemory:
         """What waits for all that the current stream has been given so far."""
         event = self.torch.cuda.Event()
         event.record(self.torch.cuda.current_stream(self.device))
-        return event.synchronize
+
+        def wait() -> None:
+            with self.faults():
+                event.synchronize()
+
+        return wait
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """What CUDA reports by way of torch, among it the faults of kernels that ran before, as ResourceError."""
+        try:
+            yield
+        except self.torch.OutOfMemoryError as error:
+            raise ResourceError(self.name, f"expected more memory: {_first_line(error)}", MORE_MEMORY) from error
+        except RuntimeError as error:
+            if "CUDA" not in str(error):
+                raise
+            raise ResourceError(
+                self.name, f"the GPU failed: {_first_line(error)}",
+                "The process cannot use it any more: start again, with CUDA_LAUNCH_BLOCKING=1 to see where it fails.",
+            ) from error  # fmt: skip
 
     def free_bytes(self) -> int:
         return self.torch.cuda.mem_get_info(self.device)[0]
@@ -171,10 +198,12 @@ def device_bytes(address: int, nbytes: int, device: Any) -> Any:
 
 
 def out_of_memory(device: str, nbytes: int, error: BaseException) -> ResourceError:
-    said = str(error).partition("\n")[0].partition(" See documentation")[0]
-    return ResourceError(device, f"expected {nbytes:,} more bytes of GPU memory: {said}",
-                         "Free some of it, merge on the CPU, or merge files with `peta-fast merge --device cuda`, "
-                         "which needs no room for whole models.")  # fmt: skip
+    said = _first_line(error).partition(" See documentation")[0]
+    return ResourceError(device, f"expected {nbytes:,} more bytes of GPU memory: {said}", MORE_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 @functools.cache

@@ -34,9 +34,10 @@ def extract(
     from peta_fast.adapters import extract_adapter
     from peta_fast.cli._adapters import print_report, required_out
 
+    chosen = None if targets is None else targets.split(",")
     report = extract_adapter(
-        model, base, required_out(out), rank=rank, energy=energy, targets=targets.split(",") if targets else None,
-        rest=rest, seed=seed, dtype=dtype, max_memory=max_memory, force=force,
+        model, base, required_out(out), rank=rank, energy=energy, targets=chosen, rest=rest, seed=seed, dtype=dtype,
+        max_memory=max_memory, force=force,
     )  # fmt: skip
     print_report(report, as_json, None if show_all else limit)
     return 0
