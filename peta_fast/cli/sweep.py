@@ -73,8 +73,10 @@ def sweep(
                 out, max_memory=memory, max_shard_size=shard, resume=resume, force=force, yes=yes, progress=tell
             ), out, quiet, as_json,
         )  # fmt: skip
-    function = function_at("--eval", evaluator)
-    found.into = function_at("--model", model)() if model else None
+    from peta_fast.cli._functions import function_at
+
+    function = function_at(evaluator, "eval")
+    found.into = function_at(model, "model")() if model else None
     return _evaluate(found, function, out, evaluator, best, metric, resume, force, yes, quiet, as_json)
 
 
@@ -100,37 +102,6 @@ def describe(found) -> str:
     """20 points: 5 of weight x 4 of density"""
     axes = " x ".join(f"{len(axis.values):,} of {axis.key}" for axis in found.grid.axes)
     return f"{len(found):,} points: {axes}"
-
-
-def function_at(option: str, spelled: str):
-    """The function that module:function or file.py:function names. Raises UsageError."""
-    import importlib
-    import importlib.util
-    import os
-
-    from peta_fast.cli._errors import UsageError
-
-    module_name, colon, name = spelled.rpartition(":")
-    if not colon or not module_name or not name:
-        raise UsageError(option, f"expected module:function, got {spelled!r}")
-    try:
-        if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise UsageError(option, f"{module_name} cannot be imported: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, [n for n in vars(module) if callable(getattr(module, n))], 1)
-        raise UsageError(option, f"{module_name} has no function {name!r}", f"Did you mean {near[0]}?" if near else "")
-    return function
 
 
 def _print_points(found, as_json: bool) -> int:
