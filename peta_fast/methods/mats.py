@@ -88,7 +88,7 @@ def memory(params: Params, shape: tuple[int, ...], models: int) -> int:
     item = 8 if out * width <= EXACT_BELOW else 4
     if params.operator in ("identity", "diagonal"):
         return 8 * 6 * out * width
-    grams = 3 * models * (out**2 + width**2) * item + 8 * 4 * max(out, width) ** 2
+    grams = 3 * models * (out**2 + width**2) * item + 8 * 6 * max(out, width) ** 2
     return grams + item * (10 + models) * out * width
 
 
