@@ -147,7 +147,7 @@ def test_one_model_has_no_angles_and_trained_checkpoints_are_measured_alone(fold
         (("base", "a", "missing"), 3, "missing"),
         (("base", "a", "a"), 2, "names a as a model twice|different names"),
         (("base", "a", "b", "--names", "x"), 2, "expected 2 different names"),
-        (("base", "a", "--eval", "scores"), 2, "expected MODULE:FUNCTION, got 'scores'"),
+        (("base", "a", "--eval", "scores"), 2, "expected MODULE:FUNCTION or FILE.py:FUNCTION, got 'scores'"),
         (("base", "a", "--eval", "nowhere:scores"), 2, "cannot import 'nowhere'"),
         (("base", "a", "--eval", "my_evaluators:nothing"), 2, "has no function 'nothing'"),
         (("base", "a", "--eval", "my_evaluators:NUMBER"), 2, "has no function 'NUMBER'"),

@@ -176,7 +176,8 @@ class Losses:
         elif targets is None:
             raise CompatibilityError(
                 "batches", "expected labels, found none: output Grams and the Fisher are made of gradients of a loss",
-                "Add them (key 'labels', or last in the tuple), or take labels='sampled', or pass loss=.",
+                "Add them (key 'labels', or last in the tuple), or take labels='sampled' (--labels sampled), "
+                "or pass loss=.",
             )  # fmt: skip
         else:
             check_labels(scores, targets)

@@ -238,5 +238,5 @@ def _check_names(model: nn.Module, base: Mapping, states: Sequence[Mapping], hea
                 label,
                 f"{wrong[0]!r} is {list(state[wrong[0]].shape)}, the model has {list(shapes[wrong[0]])}; "
                 f"{len(wrong) - 1} more tensors differ",
-                f"Heads of different sizes stay out of the merge: heads=[{head!r}] keeps one a task.",
+                f"Heads of different sizes stay out of the merge: heads=[{head!r}] (--heads {head}) keeps one a task.",
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from peta_fast.errors import RecipeError
 from peta_fast.fit._merged_model import MergedModel
 from peta_fast.fit._steps import Progress
+from peta_fast.fit._store import write
 from peta_fast.formats.disk import write_whole
 from peta_fast.ops.concrete_mask import sample_mask
 from peta_fast.ops.concrete_mask.noise import mask_key
@@ -108,18 +108,9 @@ class Fitted:
         `mask_rescale: mean` divides by each mask's mean, as the fit did. Trimmed task vectors have masks of their own,
         one bit an element and task, and no rescaling.
         """
-        from safetensors.torch import save_file
-
-        file, tensors = Path(file), self.mask_tensors(kind)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
         learned = self.masks and {"kind": kind, "temperature": self.masks.temperature, "seed": self.masks.seed}
         settings = learned or {"kind": "trimmed"}
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"} | {k: str(v) for k, v in settings.items()})
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write(Path(file), self.mask_tensors(kind), {"format": "pt"} | {k: str(v) for k, v in settings.items()})
 
     def weights(self) -> list[list[dict[str, Any]]]:
         """The coefficients as the recipe's `weight` has them: for each model, values by tensor name, longest first."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peta_fast.buffers import SHORT_NAMES
 from peta_fast.errors import CheckpointError, RecipeError, ResourceError
 from peta_fast.fit._batches import bytes_of
 from peta_fast.formats import ShardWriter, layout_shards
@@ -76,9 +77,10 @@ class Store:
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """fp32 tensors, the same bytes for the same content. Raises ResourceError; no partial file stays then."""
+    """Tensors on the CPU, the same bytes for the same content. Raises ResourceError; no partial file stays then."""
     make_directory(path.parent)
-    entries = [(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    dtypes = {name: SHORT_NAMES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    entries = [(name, dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()]
     (layout,) = layout_shards(entries, max_shard_size=1 << 62, metadata=metadata)
     writer = ShardWriter(replace(layout, filename=path.name), path.parent)
     try:

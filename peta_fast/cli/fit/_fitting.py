@@ -41,8 +41,7 @@ def job_of(base, models, names, heads, out: Path | None, save_every, resume, for
     job = Job(base, models, names_of(models, names), listed(heads), required_out(out), save_every, quiet, as_json)
     finished, state = job.out / RECIPE, job.out / STATE
     if force:
-        for name in (RECIPE, MASKS, HISTORY, STATE):
-            (job.out / name).unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
     elif finished.exists() or (job.out / MERGED).exists():
         raise ResourceError(str(job.out), "holds a fit already", "Use --force to replace it, or another folder.")
     elif state.exists() and not resume:
@@ -78,13 +77,12 @@ def fit(job: Job, data: Sequence[str] | None, network: str | None, device: str, 
                 model, states, tasks, heads=job.heads, unfinished=job.out / STATE, save_every=job.save_every,
                 progress=lambda p: tell(p.phase, p.step, p.steps, f"loss {p.loss:.4g}"), **options,
             )  # fmt: skip
-    except KeyboardInterrupt:
-        if (job.out / STATE).exists():
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and (job.out / STATE).exists():
             raise Interrupted from None
-        raise
-    finally:
         if not any(job.out.iterdir()):
             job.out.rmdir()
+        raise
     _write(job, fitted, states, mask_kind)
     return 0
 
@@ -94,6 +92,7 @@ def _write(job: Job, fitted: Any, states: Sequence[dict], mask_kind: str) -> Non
     from peta_fast.cli.fit._recipes import write_recipe
     from peta_fast.formats.disk import write_whole
 
+    (job.out / RECIPE).unlink(missing_ok=True)
     write_whole(job.out / HISTORY, _history(fitted, job.names).encode())
     apart = _apart(job, fitted)
     masks = None

@@ -199,7 +199,7 @@ def _opened(path: str) -> Any:
 
 
 def refuse_other_names(network: Any, path: str, heads: Sequence[str] = ()) -> None:
-    """Raises CompatibilityError where the file calls tensors otherwise than the network, so that no recipe would fit."""
+    """Raises CompatibilityError where the file has other names than the network, so that no recipe would fit."""
     source = _opened(path)
     names = {*source.tensors, *source.aliases}
     state = {n: p for n, p in network.named_parameters(remove_duplicate=False)}
