@@ -28,8 +28,10 @@ from peta_fast._assignment import layer_of
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.fit import _batches as batching
 from peta_fast.fit import _layers as layers
+from peta_fast.fit._marks import marks
 from peta_fast.fit._store import Store
 from peta_fast.fit.statistics import Statistics, unpadded
+from peta_fast.formats.weight_marks import METADATA
 from peta_fast.merging import merge_state_dicts
 from peta_fast.methods.regmean_pp import collected_as
 from peta_fast.ops.gram import add_gram, pack
@@ -133,6 +135,7 @@ class _Task:
         shared = Counter(t.data_ptr() for t in self.model.state_dict(keep_vars=True).values())
         found = layers.layers_of(self.model)
         self.layers = {n: m for n, m in found.items() if shared[m.weight.data_ptr()] == 1}
+        self.marks = marks(model.state_dict(), [f"{name}.input_gram" for name in self.layers])
         self.grams: State = {}
         self.counts: dict[str, int] = {}
 
@@ -203,4 +206,5 @@ class _Task:
             "examples": str(sum(map(batching.size_of, self.batches))),
             "counts": json.dumps(self.counts),
             "transposed": self._transposed(),
+            METADATA: self.marks,
         }

@@ -50,6 +50,7 @@ the demonstration's digits, preconditioned iterations to 1e-5 recognize up to th
 @dataclass(frozen=True)
 class Params(MethodParams):
     statistics: tuple[str | None, ...] = per_model(None, kind=str, help="file with the model's statistics")
+    check_statistics: bool = shared(True, help="whether they were collected from the model's own weights")
     weight: tuple[float, ...] = per_model(1.0, low=0.0, help="multiplies each task's curvature")
     operator: str = shared("kfac", choices=tuple(NEEDS), help="the curvature")
     solver: str = shared("auto", choices=("auto", "cg"), help="auto: the closed form where there is one")
