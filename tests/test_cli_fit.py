@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 STOP_AFTER = None
 
-def build():
+def build(width=8):
     return Toy()
 
 def loaded(path):
@@ -37,7 +37,7 @@ def renamed(path):
     return loaded("a")
 
 def sized(path):
-    if path != "b":
+    if path.name != "b":
         return loaded(path)
     model = wide()
     model.load_state_dict(load_file(f"{path}/model.safetensors"))
@@ -232,6 +232,7 @@ def test_an_interrupted_collection_goes_on_and_ends_with_the_same_bytes(folder, 
         (["a", "--data", "user.py:batches", "--model", "user.py:no_module", "--out", "x"], 4, "Module, got dict"),
         (["a", "--data", "user.py:batches", "--model", "user.py:wide", "--out", "x"], 4, "'head.weight' is [4, 8]"),
         (["a", "--data", "user.py:batches", "--out", "x"], 3, "Say --model MODULE:FUNCTION"),
+        (["--data", "user.py:batches", "--model", "user.py:loaded", "--out", "x"], 2, "user.py:loaded takes a path"),
         (["no", "--data", "user.py:batches", *NET, "--out", "x"], 3, "no such local path: no"),
         (["a", "--data", "user.py:batches", *NET, "--out", "x", "--dtype", "int8"], 2, "expected one of auto, float32"),
         (["a", "--data", "user.py:batches", *NET, "--out", "x", "--device", "tpu"], 2, "'tpu' cannot be used"),
@@ -437,7 +438,8 @@ def test_folders_of_transformers_need_no_function_for_the_network(berts, run, mo
     monkeypatch.chdir(berts)
     out = tmp_path / "stats"
     words = ("--data", "hf_user:batches", "--kinds", "kfac", "--out", out, "--recipe", tmp_path / "mats.yml", "-q")
-    assert run("fit", "statistics", "sst2", "rte", *words)[0] == 0
+    code, _, err = run("fit", "statistics", "sst2", "rte", *words)
+    assert (code, err) == (0, "")
     model = transformers.BertForSequenceClassification.from_pretrained(berts / "rte").eval()
     import hf_user
 

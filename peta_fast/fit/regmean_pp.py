@@ -158,10 +158,7 @@ class _Task:
 
     def run(self, batch: Any) -> None:
         with layers.evaluating(self.model), torch.no_grad():
-            positional, named = batching.inputs_of(batching.moved(batch, self.device))
-            if batching.is_encoder_decoder(self.model) and batching.LABELS in batch:
-                named[batching.LABELS] = batch[batching.LABELS]
-            self.model(*positional, **named)
+            batching.outputs_of(self.model, batching.moved(batch, self.device))
 
     def blocks(self) -> list[str]:
         """Names of blocks in the order in which their first layers run."""

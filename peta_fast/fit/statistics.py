@@ -246,6 +246,8 @@ class _Collector:
             with layers.watching(self.modules, lambda *seen: self._add_input(*seen, batch), outputs):
                 if wants_gradients:
                     found = self.losses(self.model, batch, self.examples)
+                elif self.losses.logits is batching.default_logits:  # a model without a head will do
+                    batching.outputs_of(self.model, batch)
                 else:
                     self.losses.logits(self.model, batch)
         if wants_gradients:

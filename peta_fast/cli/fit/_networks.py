@@ -1,13 +1,12 @@
 """Checkpoints as networks that run: built by transformers from config.json, or by a function of the user's own.
 
-A function that takes an argument is given the checkpoint's path and loads it itself; one that takes none builds the
+A function that needs an argument is given the checkpoint's path and loads it itself; one that needs none builds the
 network, and the checkpoint's weights are put into it here.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -43,7 +42,8 @@ class Networks:
             raise RecipeError("--dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
         _check_device(device)
         build = function_at(model, "model") if model else None
-        return cls(build, build is not None and takes_argument(build), device, dtype)
+        takes_path = build is not None and not takes(build) and takes(build, None)
+        return cls(build, takes_path, device, dtype)
 
     def load(self, path: str | None, heads: Sequence[str] = ()) -> Any:
         """The network with the checkpoint's weights, in eval mode; without a path as it was built.
@@ -53,11 +53,12 @@ class Networks:
         Raises CheckpointError, CompatibilityError for weights that are not all of the network's.
         """
         from peta_fast.cli.fit._user import called
+        from peta_fast.formats.hub import locate
 
         if self.build is None:
             network = _by_transformers(path, self.dtype, heads)
         elif self.takes_path:
-            network = called("--model", self.build, path)
+            network = called("--model", self.build, path and locate(path))
         else:
             network = called("--model", self.build)
         self._require_module(network)
@@ -76,16 +77,16 @@ class Networks:
             raise CompatibilityError("--model", f"expected a torch.nn.Module, got {type(network).__name__}")
 
 
-def takes_argument(function: Callable) -> bool:
-    """Whether it can be called with one."""
+def takes(function: Callable, *words: Any) -> bool:
+    """Whether it can be called with these."""
     import inspect
 
     try:
-        inspect.signature(function).bind(None)
+        inspect.signature(function).bind(*words)
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature
-        return True
+        return bool(words)
     return True
 
 
@@ -105,7 +106,6 @@ def _by_transformers(path: str, dtype: str, heads: Sequence[str]) -> Any:
     folder = locate(path)
     refuse_bare_adapter(folder)
     architecture = _architecture(folder, path)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         import transformers
     except ImportError as error:
@@ -119,6 +119,7 @@ def _by_transformers(path: str, dtype: str, heads: Sequence[str]) -> Any:
             path, f"is a {architecture}, which transformers {transformers.__version__} does not have",
             "Say --model MODULE:FUNCTION, which loads it.",
         )  # fmt: skip
+    transformers.utils.logging.set_verbosity_error()  # what it would say is checked below
     transformers.utils.logging.disable_progress_bar()
     try:
         network, found = kind.from_pretrained(

@@ -29,21 +29,12 @@ def _theirs(option: str, function: Callable, error: Exception) -> UsageError:
 class Batches:
     """What --data returns for a task, to be gone through as often as wanted; a generator is asked for anew."""
 
-    def __init__(self, function: Callable, task: str):
+    def __init__(self, function: Callable, task: str, first: Iterable):
         self.function, self.task = function, task
-        self.first: Any = self._new()
-
-    def _new(self) -> Any:
-        from peta_fast.cli.fit._networks import takes_argument
-
-        words = (self.task,) if takes_argument(self.function) else ()
-        found = called("--data", self.function, *words)
-        if not isinstance(found, Iterable):
-            raise UsageError("--data", f"expected batches for {self.task!r}, got {type(found).__name__}")
-        return found
+        self.first: Iterable | None = first
 
     def __iter__(self) -> Iterator[Any]:
-        found = self.first if self.first is not None else self._new()
+        found = self.first if self.first is not None else _asked(self.function, self.task)
         if isinstance(found, Iterator):  # it serves once
             self.first = None
         return self._guarded(found)
@@ -72,7 +63,7 @@ class SizedBatches(Batches):
 def batches_of(data: Sequence[str], names: Sequence[str]) -> list[Batches]:
     """One a task: what --data's functions give for their names. Raises UsageError."""
     from peta_fast.cli._functions import function_at
-    from peta_fast.cli.fit._networks import takes_argument
+    from peta_fast.cli.fit._networks import takes
 
     if not data:
         raise UsageError("--data", "is missing", "Say which function returns the batches: --data MODULE:FUNCTION.")
@@ -82,20 +73,27 @@ def batches_of(data: Sequence[str], names: Sequence[str]) -> list[Batches]:
             "--data", f"expected one function, or one for each of {len(names)} models, got {len(functions)}"
         )
     if len(functions) < len(names):
-        if not takes_argument(functions[0]):
+        if not takes(functions[0], None):
             raise UsageError(
                 "--data", f"{data[0]} takes no argument, and there are {len(names)} models",
                 "Let it take the task's name, which is the model's, or name a function for each.",
             )  # fmt: skip
         functions *= len(names)
-    made = [Batches(function, name) for function, name in zip(functions, names, strict=True)]
-    return [_sized(batches) for batches in made]
+    return [_batches(function, name) for function, name in zip(functions, names, strict=True)]
 
 
-def _sized(batches: Batches) -> Batches:
-    if hasattr(batches.first, "__len__"):
-        batches.__class__ = SizedBatches
-    return batches
+def _batches(function: Callable, task: str) -> Batches:
+    first = _asked(function, task)
+    return (SizedBatches if hasattr(first, "__len__") else Batches)(function, task, first)
+
+
+def _asked(function: Callable, task: str) -> Iterable:
+    from peta_fast.cli.fit._networks import takes
+
+    found = called("--data", function, *([task] if takes(function, task) else []))
+    if not isinstance(found, Iterable):
+        raise UsageError("--data", f"expected batches for {task!r}, got {type(found).__name__}")
+    return found
 
 
 def names_of(models: Sequence[str], names: str | None) -> list[str]:

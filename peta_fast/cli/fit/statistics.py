@@ -67,11 +67,13 @@ def statistics(
     wanted = kinds_of(kinds)
     if not models and (model is None or recipe is not None):
         raise UsageError("MODEL", "is missing", "Name the models, as folders, or with --model one that is made.")
+    networks = Networks.of(model, device, dtype)
+    if not models and networks.takes_path:
+        raise UsageError("MODEL", f"is missing: {model} takes a path", "Name the model.")
     paths: list[str | None] = list(models) if models else [None]
     tasks = names_of(models, names) if models else names_of(["model"], names)
     files = files_of(required_out(out), tasks)
     _recipes.refuse_existing([recipe], force)
-    networks = Networks.of(model, device, dtype)
     options = {
         "kinds": wanted, "only": chooser(only), "labels": labels, "examples": examples, "seed": seed, "force": force,
         "save_every": save_every, **_functions(loss=loss, logits=logits),
