@@ -11,7 +11,7 @@ from fit_models import Perceptron, draw, numbers, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folders import load, save_model
-from small_models import stepped
+from small_models import stepped, transformer
 
 import peta_fast as pf
 from peta_fast.formats.weight_marks import is_marked, mark_of, runs_of, sample
@@ -158,3 +158,37 @@ def test_samples_of_a_file_are_its_elements(tmp_path):
         found = sample(pf.open_checkpoint(tmp_path / str(dtype)), "w", tensor.numel())
         flat = tensor.reshape(-1).float()
         assert torch.equal(torch.from_numpy(found), torch.cat([flat[a:b] for a, b in runs_of(tensor.numel())]))
+
+
+def test_adapters_on_a_model_are_rounded_into_a_network_and_no_fault(tmp_path):
+    """What an adapter changes cannot be told bit by bit; what it leaves alone still can."""
+    pytest.importorskip("peft", reason="pip install 'peta_fast[peft]'")
+    from adapter_files import exact_deltas, save_base, save_peft
+
+    base = transformer(torch.float32)
+    save_base(tmp_path / "base", base)
+    listed, networks = [], []
+    for seed, name in ((1, "a"), (2, "b")):
+        save_peft(tmp_path / name, base, seed)
+        network = transformer(torch.float32)
+        with torch.no_grad():
+            for module, delta in exact_deltas(tmp_path / name).items():
+                network.get_submodule(module).weight += delta.float() * (1 + 1e-6)
+        networks.append(network)
+        listed.append({"model": f"{tmp_path / 'base'}+{tmp_path / name}"})
+
+    def recipe(folder: str) -> dict:
+        (tmp_path / folder).mkdir()
+        for entry, network, name in zip(listed, networks, "ab", strict=True):
+            file = tmp_path / folder / f"{name}.safetensors"
+            pf.collect_statistics(network, [numbers(20, 6, 5)], file)
+            entry["parameters"] = {"statistics": str(file)}
+        return {"method": "regmean", "models": listed}
+
+    pf.make_plan(pf.load_recipe(recipe("own")))
+    with torch.no_grad():
+        networks[0].classifier.weight += 1
+    with pytest.raises(
+        pf.CompatibilityError, match="other weights than those of .*base.*a: 'classifier.weight' differ"
+    ):
+        pf.make_plan(pf.load_recipe(recipe("other")))
