@@ -348,7 +348,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_files(folder, run):
     assert all(torch.equal(part[n], whole[n]) for n in whole)
 
 
-def test_heads_of_different_sizes_stay_with_their_tasks(folder, run):
+@pytest.mark.parametrize("builder", ["sized", "build"])
+def test_heads_of_different_sizes_stay_with_their_tasks(builder, folder, run):
     """No recipe merges such files, so the merged rest is written."""
     state = load_state("b")
     state |= {"head.weight": torch.randn(6, 8), "head.bias": torch.randn(6)}
@@ -372,6 +373,8 @@ def test_heads_of_different_sizes_stay_with_their_tasks(folder, run):
     assert code == 0 and "no recipe can merge them" in err and out.endswith("merged without heads: fit/merged\n")
     base, tuned = load_state("base"), [load_state("a"), state]
     fitted = pf.adamerging(network("base"), tuned, tasks(), base=base, heads=["head"], steps=3)
+    with open(folder / "fit" / "history.csv") as file:
+        assert [float(x) for x in list(csv.reader(file))[-1][2:]] == pytest.approx(fitted.history[-1].losses, rel=1e-6)
     merged = load_state("fit/merged")
     assert set(merged) == {"body.weight", "body.bias"}
     assert all(torch.equal(t, fitted.state_dict()[n]) for n, t in merged.items())

@@ -60,7 +60,9 @@ class Params(MethodParams):
     tolerance: float | None = shared(
         None, kind=float, low=0.0, help="of the residual, relative to the right-hand side; 1e-3, with compat mats 1e-5"
     )
-    preconditioner: str = shared("eigen", choices=("eigen", "diagonal", "none"), help="of conjugate gradients")
+    preconditioner: str = shared(
+        "eigen", choices=("eigen", "diagonal", "none"), help="of conjugate gradients; see ops.kronecker_sum"
+    )
 
 
 def check(params: Params, compat: str) -> list[str]:

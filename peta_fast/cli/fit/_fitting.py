@@ -65,11 +65,7 @@ def fit(job: Job, data: Sequence[str] | None, network: str | None, device: str, 
     tasks = [Task(n, b) for n, b in zip(job.names, batches_of(data or [], job.names), strict=True)]
     model = networks.load(job.base, job.heads)
     refuse_other_names(model, job.base, job.heads)
-    states = []
-    for path in job.models:
-        tuned = networks.load(path, job.heads if network else ())
-        refuse_other_names(tuned, path)
-        states.append({name: tensor.detach().cpu() for name, tensor in tuned.state_dict().items()})
+    states = [networks.state(path, job.heads) for path in job.models]
     make_directory(job.out)
     try:
         with steps(job.quiet) as tell:

@@ -70,6 +70,19 @@ class Networks:
             network = network.to(getattr(torch, self.dtype))
         return network.to(self.device).eval()
 
+    def state(self, path: str, heads: Sequence[str]) -> dict[str, Any]:
+        """The checkpoint's tensors by the network's names, on the CPU; heads in their sizes. Raises as load does."""
+        from peta_fast._engine import as_torch
+
+        network = self.load(path, heads if self.build is not None and not self.takes_path else ())
+        refuse_other_names(network, path)
+        state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        if self.build is not None and not self.takes_path:  # one network for all sizes
+            source = _opened(path)
+            for name in filter(lambda name: is_head(name, heads), source.tensors):
+                state[name] = as_torch(source.buffer(name)).reshape(tuple(source.tensors[name].shape))
+        return state
+
     def _require_module(self, network: Any) -> None:
         import torch
 
@@ -170,7 +183,11 @@ def _put_weights(network: Any, path: str, heads: Sequence[str]) -> None:
             if shape == tuple(tensor.shape):
                 tensor.copy_(as_torch(source.buffer(names[name])).reshape(shape))
             elif not is_head(name, heads):
-                raise CompatibilityError(path, f"{name!r} is {list(shape)}, the network has {list(tensor.shape)}")
+                raise CompatibilityError(
+                    path, f"{name!r} is {list(shape)}, the network has {list(tensor.shape)}",
+                    f"Heads that tasks have for themselves stay out of fits: --heads {name.rpartition('.')[0]}. "
+                    "Else --model must build it in this size.",
+                )  # fmt: skip
 
 
 def _memory(tensor: Any) -> Any:
