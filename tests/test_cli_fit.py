@@ -293,13 +293,15 @@ def merged_by(run, folder: str) -> dict:
          {"steps": 3, "density": 0.5, "elect": True}),
         (["concrete", "--steps", 4, "--adamerging", "--coefficient-steps", 3, "--seed", 5], pf.concrete_adamerging,
          {"steps": 4, "coefficient_steps": 3, "seed": 5}),
-        (["concrete", "--steps", 4, "--adamerging", "--mask", "binary"], pf.concrete_adamerging,
-         {"steps": 4, "mask": "binary"}),
+        (["concrete", "--steps", 4, "--adamerging", "--coefficient-steps", 2, "--mask", "binary"],
+         pf.concrete_adamerging, {"steps": 4, "coefficient_steps": 2, "mask": "binary"}),
     ],
 )  # fmt: skip
 def test_a_fit_s_recipe_merges_to_the_fitted_model(words, function, options, folder, run):
     code, out, err = run("fit", words[0], "base", "a", "b", "--data", "user.py:once", *NET, "--out", "fit", *words[1:])
     assert code == 0 and out.endswith("merge with them: peta-fast merge fit/recipe.yml OUT\n")
+    phases = list(dict.fromkeys(line.partition(":")[0] for line in err.splitlines()))
+    assert phases == (["masks"] if words[0] == "concrete" else []) + ["coefficients"]
     model, tuned, base = toy()
     fitted = function(model, tuned, tasks(), base=base, **options)
     merged = merged_by(run, "fit")

@@ -207,7 +207,7 @@ def test_blocks_by_name_and_weights(monkeypatch):
     assert_the_same(found, pf.regmean_pp(models, data, **options))
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
 def test_stacks_of_transformers(kind, monkeypatch):
     """A decoder with a cache and rotary positions; encoder and decoder with a bias that the first block makes."""
     transformers = pytest.importorskip("transformers", reason="pip install 'peta_fast[peft]'")
@@ -218,6 +218,13 @@ def test_stacks_of_transformers(kind, monkeypatch):
         )  # fmt: skip
         build = lambda: transformers.LlamaForCausalLM(config)  # noqa: E731
         stacks = [[f"model.layers.{i}" for i in range(5)]]
+    elif kind == "bert":
+        config = transformers.BertConfig(
+            vocab_size=30, hidden_size=12, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+            max_position_embeddings=16,
+        )  # fmt: skip
+        build = lambda: transformers.BertForSequenceClassification(config)  # noqa: E731
+        stacks = [[f"bert.encoder.layer.{i}" for i in range(4)]]
     else:
         config = transformers.T5Config(
             vocab_size=30, d_model=12, d_kv=6, d_ff=16, num_layers=4, num_heads=2, decoder_start_token_id=0,
@@ -232,7 +239,7 @@ def test_stacks_of_transformers(kind, monkeypatch):
     ]
     entered = count_of(monkeypatch)
     found = pf.regmean_pp(models, data)
-    assert all(m.config.use_cache for m in models)
+    assert kind == "bert" or all(m.config.use_cache for m in models)
     assert entered == [s for stack in stacks for s in (stack, stack)]
     monkeypatch.setattr(_stacks, "SHORTEST", 99)
     assert_the_same(found, pf.regmean_pp(models, data))

@@ -69,9 +69,14 @@ def fit(job: Job, data: Sequence[str] | None, network: str | None, device: str, 
     make_directory(job.out)
     try:
         with steps(job.quiet) as tell:
+
+            def progress(step: Any) -> None:
+                if step.phase != "inner":  # half a step of the masks
+                    tell(step.phase, step.step, step.steps, f"loss {step.loss:.4g}")
+
             fitted = function(
                 model, states, tasks, heads=job.heads, unfinished=job.out / STATE, save_every=job.save_every,
-                progress=lambda p: tell(p.phase, p.step, p.steps, f"loss {p.loss:.4g}"), **options,
+                progress=progress, **options,
             )  # fmt: skip
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and (job.out / STATE).exists():
