@@ -469,3 +469,38 @@ def test_a_head_that_transformers_would_draw_at_random_is_refused(berts, run, mo
     code, _, err = run("fit", "statistics", "headless", "--data", "hf_user:batches", "--out", tmp_path / "x")
     assert code == 4 and "lacks 'classifier.bias' and 1 more, which the network has" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_averaged_as_that(run, monkeypatch, tmp_path):
+    """The file holds the tensor once, by the embedding's name."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name in ("a", "b"):
+            transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    (tmp_path / "llama_user.py").write_text(HF_USER.replace("randint(0, n, s,", "randint(0, n, (4, 6),"))
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "--data",
+        "llama_user.py:batches",
+        "--kinds",
+        "kfac,fisher",
+        "--out",
+        "stats",
+        "--recipe",
+        "mats.yml",
+        "-q",
+    )
+    code, _, err = run("fit", "statistics", "a", "b", *words)
+    assert code == 0 and "a: no Gram matrices of lm_head, whose weight is tied to another tensor" in err
+    found = pf.load_statistics("stats/a.stats.safetensors")
+    assert "lm_head.input_gram" not in found and "model.embed_tokens.weight.fisher" in found
+    assert len([key for key in found if key.endswith("_gram")]) == 14
+    assert run("merge", "mats.yml", "merged", "-q")[0] == 0
+    merged, states = load_state("merged"), [load_state(name) for name in "ab"]
+    mean = (states[0]["model.embed_tokens.weight"] + states[1]["model.embed_tokens.weight"]) / 2
+    torch.testing.assert_close(merged["model.embed_tokens.weight"], mean, rtol=0, atol=1e-7)

@@ -55,9 +55,10 @@ class Unfinished:
         self.history.steps = [Progress(p, s, n, tuple(losses)) for p, s, n, losses in state["history"]]
         self.merged.advance(len(self.history.steps))
 
-    def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors kept under `name/`, by the rest of their names."""
-        return {k.removeprefix(f"{name}/"): t for k, t in self.tensors.items() if k.startswith(f"{name}/")}
+    def take(self, name: str) -> dict[str, Tensor]:
+        """The tensors kept under `name/`, by the rest of their names; they are not held here any more."""
+        mine = [key for key in self.tensors if key.startswith(f"{name}/")]
+        return {key.removeprefix(f"{name}/"): self.tensors.pop(key) for key in mine}
 
     def keep(self, phase: str, done: int, parts: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Writes the file, when as many steps of the phase are done that it is time to."""

@@ -100,7 +100,7 @@ def learn_coefficients(
 
     more  what else a later run needs to go on
     """
-    coefficients.restore(state.part(PHASE) if state.phase == PHASE else {})
+    coefficients.restore(state.take(PHASE) if state.phase == PHASE else {})
     merged.rebuild(coefficients.current())
     for step in range(1 + (state.done if state.phase == PHASE else 0), steps + 1):
         history.note(PHASE, step, steps, merged.backward(loss))

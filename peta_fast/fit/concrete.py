@@ -137,7 +137,7 @@ def concrete_adamerging(
     }  # fmt: skip
     state = Unfinished(unfinished, save_every, merged, history, settings)
     learner.restore(state)
-    inner.restore(state.part("inner"))
+    inner.restore(state.take("inner"))
     with merged.fitting():
         for step in range(1 + (steps if state.phase == PHASE else state.done), steps + 1):
             inner.reset()
@@ -200,8 +200,8 @@ class MaskLearner:
     @torch.no_grad()
     def restore(self, state: Unfinished) -> None:
         """Goes on from what an earlier run has kept, if anything."""
-        logits, first, second = (state.part(name) for name in ("logits", "first", "second"))
-        self.steps = int(state.part("adam").get("steps", torch.zeros(1)))
+        logits, first, second = (state.take(name) for name in ("logits", "first", "second"))
+        self.steps = int(state.take("adam").get("steps", torch.zeros(1)))
         for name, piece, moments in zip(self.merged.names, self.merged.pieces, self.moments, strict=True):
             if name in logits:
                 piece.logits.copy_(logits[name])

@@ -233,3 +233,11 @@ def refuse_other_names(network: Any, path: str, heads: Sequence[str] = ()) -> No
             "A merge goes by the files' names: save the network again under its own, with save_pretrained or by its "
             "state_dict().",
         )
+
+
+def tied_elsewhere(network: Any, path: str) -> list[str]:
+    """Modules whose weight the file holds under another module's name alone: a merge meets it there, as what it is."""
+    source = _opened(path)
+    names = {*source.tensors, *source.aliases}
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return [n.removesuffix(".weight") for n in parameters if n.endswith(".weight") and n not in names]

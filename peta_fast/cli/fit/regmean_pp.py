@@ -65,7 +65,7 @@ def regmean_pp(
         )  # fmt: skip
     rows = [
         {"task": task, "model": path, "file": str(file), "kinds": ["input_gram"], "entries": len(statistics),
-         "examples": statistics.examples, "bytes": file.stat().st_size, "there": False,
+         "examples": statistics.examples, "bytes": file.stat().st_size, "there": False, "tied": [],
          "seconds": round(time.monotonic() - began, 3)}
         for task, path, file, statistics in zip(tasks, models, files, found, strict=True)
     ]  # fmt: skip

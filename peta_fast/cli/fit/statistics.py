@@ -138,6 +138,10 @@ def chooser(patterns: list[str] | None):
     return (lambda name: is_head(name, patterns)) if patterns else None
 
 
+def _all_but(names: list[str], only):
+    return lambda name: name not in names and (only is None or only(name))
+
+
 def _functions(**named: str | None) -> dict[str, Any]:
     from peta_fast.cli._functions import function_at
     from peta_fast.cli.fit._user import called
@@ -152,14 +156,20 @@ def _collect(networks, path: str | None, task: str, file: Path, batches, options
     """One model's statistics; what is said of them."""
     import time
 
-    from peta_fast.cli.fit._networks import refuse_other_names
+    from peta_fast.cli._errors import warn
+    from peta_fast.cli.fit._networks import refuse_other_names, tied_elsewhere
     from peta_fast.cli.fit._steps import steps
     from peta_fast.fit import collect_statistics
 
     there = file.exists() and not options["force"]
     network = networks.load(path)
+    tied: list[str] = []
     if path is not None:
         refuse_other_names(network, path)
+        tied = tied_elsewhere(network, path)
+    if tied and set(options["kinds"]) & {"input_gram", "output_gram"}:
+        warn(f"{task}: no Gram matrices of {', '.join(tied)}, whose weight is tied to another tensor: it is averaged")
+        options = options | {"only": _all_but(tied, options["only"])}
     began = time.monotonic()
     with steps(quiet) as tell:
         found = collect_statistics(
@@ -167,7 +177,7 @@ def _collect(networks, path: str | None, task: str, file: Path, batches, options
         )
     return {
         "task": task, "model": path, "file": str(file), "kinds": list(options["kinds"]), "entries": len(found),
-        "examples": found.examples, "bytes": file.stat().st_size, "there": there,
+        "examples": found.examples, "bytes": file.stat().st_size, "there": there, "tied": tied,
         "seconds": round(time.monotonic() - began, 3),
     }  # fmt: skip
 
