@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from peta_fast.buffers import Buffer
 from peta_fast.errors import CheckpointError
 from peta_fast.formats import open_checkpoint
 from peta_fast.formats.hub import locate
+from peta_fast.formats.weight_marks import is_marked, marked, marks_in, sample
 from peta_fast.methods import KINDS
 
 OF_MODULES = ("input_gram", "output_gram")
@@ -41,12 +43,16 @@ class Beside:
 
     files  name -> source; those that the recipe names are opened when they are first asked for
     used   the keys of each file that belong to a tensor of its model
+    marks  of each file: the weights that its statistics were collected from, by tensor name
+    foreign  (file, model) -> tensors whose values are not those
     """
 
     files: dict[str, Any] = field(default_factory=dict)
     used: dict[str, set[str]] = field(default_factory=dict)
     solved: bool = False
     layouts: dict[str, frozenset[str]] = field(default_factory=dict)
+    marks: dict[str, dict[str, str]] = field(default_factory=dict)
+    foreign: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def source(self, name: str, *, model: bool = False):
         """The opened file; a model may be named by its hub id too."""
@@ -55,11 +61,12 @@ class Beside:
         return self.files[name]
 
     def places(
-        self, method: ModuleType, params, name: str, models, shape: tuple[int, ...], faults: list[str]
+        self, method: ModuleType, params, name: str, models, shape: tuple[int, ...], sources, faults: list[str]
     ) -> BesidePlaces | str:
         """Where one tensor's statistics are; why it is averaged, where there are none. What does not fit: faults.
 
-        models  (model, tensor name there)
+        models   (model, tensor name there)
+        sources  model -> its opened checkpoint
         """
         alternatives = method.needs(params)
         if () in alternatives:
@@ -71,8 +78,10 @@ class Beside:
             have = [len(keys) == len(kinds) for keys in found]
             if all(have):
                 self.solved = True
-                for file, keys in zip(files, found, strict=True):
+                for file, keys, (model, there) in zip(files, found, models, strict=True):
                     faults.extend(self._misfits(file, keys, shape))
+                    if params.check_statistics and not self._belongs(file, there, sources[model], math.prod(shape)):
+                        self.foreign.setdefault((file, str(model)), []).append(there)
                 places = tuple(
                     {k: (file, key) for k, key in keys.items()} for file, keys in zip(files, found, strict=True)
                 )
@@ -98,6 +107,29 @@ class Beside:
             if tensors[key].dtype != "F32" or tuple(tensors[key].shape) != wanted:
                 got = f"{tensors[key].dtype} {list(tensors[key].shape)}"
                 faults.append(f"{file}: {key!r} is {got}, expected F32 {list(wanted)} for a tensor of {list(shape)}")
+        return faults
+
+    def _belongs(self, file: str, name: str, source, size: int) -> bool:
+        """Whether the tensor has the values that the file's statistics were collected from, as far as it says."""
+        if file not in self.marks:
+            self.marks[file] = marks_in(self.metadata(file), file)
+        mark = self.marks[file].get(name)
+        stored = name if name in source.tensors else source.aliases.get(name)
+        if mark is None or stored is None or not marked(source.tensors[stored].dtype):
+            return True
+        if stored in getattr(source, "changed", ()):
+            return True  # by an adapter, which the network has added in roundings of its own
+        return is_marked(mark, sample(source, stored, size, _host_bytes), source.tensors[stored].dtype)
+
+    def foreigners(self) -> list[str]:
+        """Statistics that were collected from other weights than those of their model, as faults."""
+        faults = []
+        for (file, model), names in self.foreign.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            faults.append(
+                f"{file}: was collected from other weights than those of {model}: {names[0]!r}{more} differ; collect "
+                "it from that model (peta-fast fit statistics), or set check_statistics: false to use it all the same"
+            )
         return faults
 
     def metadata(self, file: str) -> Mapping[str, str]:
@@ -150,6 +182,20 @@ class Beside:
                 more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
                 faults.append(f"{file}: {strange[0]!r}{more} belongs to no tensor of its model")
         return faults
+
+
+def _host_bytes(buffer: Buffer) -> memoryview:
+    if not buffer.device:
+        return buffer.as_bytes()
+    from peta_fast.ops.device import device_bytes
+
+    return memoryview(device_bytes(buffer.address, buffer.nbytes, buffer.device).cpu().numpy())
+
+
+def owner_of(key: str) -> str:
+    """The tensor that a statistic's key belongs to."""
+    stem, _, kind = key.rpartition(".")
+    return stem + WEIGHT if kind in OF_MODULES else stem
 
 
 def _owners(key: str) -> set[str]:

@@ -305,7 +305,7 @@ class _Planner:
         """Where the tensor's statistics are, or why it has none; and the bytes that solving takes."""
         if not hasattr(self.method, "needs") or self.refused:
             return BesidePlaces(), 0
-        places = self.beside.places(self.method, params, a.name, a.models, info.shape, self.misfits)
+        places = self.beside.places(self.method, params, a.name, a.models, info.shape, self.sources, self.misfits)
         for file, (ref, _) in zip(params.statistics, a.models, strict=True):
             if () not in self.method.needs(params):
                 self.described.setdefault(file, set()).update(self.sources[ref].tensors, self.sources[ref].aliases)
@@ -316,6 +316,7 @@ class _Planner:
         if not self.described or self.refused:
             return
         self.misfits.extend(self.beside.leftovers(self.described))
+        self.misfits.extend(self.beside.foreigners())
         if not self.beside.solved and not self.misfits:
             self.misfits.append(f"{', '.join(self.described)}: no tensor has what {self.recipe.method} solves with")
 

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from fit_cases import DIGITS, Toy, batches_of, digits_accuracy, digits_entropy, digits_tasks, toy_family
+from model_folders import load, save_model
 from torch import nn
 
+import peta_fast
 from peta_fast.errors import CheckpointError, CompatibilityError, PetaFastError, RecipeError
 from peta_fast.fit._merged_model import MergedModel
 from peta_fast.fit._trimming import kth_largest, trim
@@ -128,10 +130,23 @@ def test_plus_plus_trims_over_the_whole_model_and_elects_when_told():
         assert torch.equal(new, torch.where(old * total > 0, old, 0))
 
 
-def test_plus_plus_has_no_recipe():
+@pytest.mark.parametrize("elect", [False, True])
+def test_plus_plus_has_a_recipe_with_a_mask_a_task(tmp_path, elect):
     model, base, tuned = toy_family(2)
-    fitted = adamerging(model, tuned, [Task("t", batches_of(1))], base=base, density=0.5, steps=1)
-    with pytest.raises(RecipeError, match="no method merges trimmed task vectors"):
+    fitted = adamerging(model, tuned, [Task("t", batches_of(1))], base=base, density=0.4, elect=elect, steps=3)
+    for name, state in zip(("base", "a", "b"), (base, *tuned), strict=True):
+        save_model(tmp_path / name, state)
+    masks = tmp_path / "masks.safetensors"
+    fitted.save_masks(masks)
+    fitted.save_recipe(tmp_path / "recipe.yml", tmp_path / "base", [tmp_path / "a", tmp_path / "b"], masks)
+    peta_fast.merge(tmp_path / "recipe.yml", tmp_path / "out")
+    again = load(tmp_path / "out")
+    for name, tensor in fitted.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+    changed = sum(int((again[n] != base[n]).sum()) for n in base)
+    total = sum(t.numel() for t in base.values())
+    assert 0.2 * total < changed < 0.85 * total
+    with pytest.raises(RecipeError, match="expected 2 models and a mask file"):
         fitted.recipe("base", ["a", "b"])
 
 

@@ -12,7 +12,7 @@ from philox_reference import uniforms
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peta_fast.errors import PetaFastError, RecipeError
+from peta_fast.errors import PetaFastError, RecipeError, ResourceError
 from peta_fast.fit._results import bits_of
 from peta_fast.fit.adamerging import adamerging
 from peta_fast.fit.concrete import concrete_adamerging, concrete_task_arithmetic
@@ -208,7 +208,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
     _, _, fitted = fitted_toy(concrete_task_arithmetic)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ResourceError, match="cannot be put in place: full"):
         fitted.save_masks(tmp_path / "masks.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -244,6 +244,8 @@ def test_a_model_that_returns_no_logits():
 
     with pytest.raises(pf.CompatibilityError, match="expected logits, got dict"):
         collect(None, model=seeded(Model))
+    grams = collect(None, model=seeded(Model), kinds=("input_gram",))  # which need none
+    assert torch.equal(grams["fc2.input_gram"], collect(None, kinds=("input_gram",))["fc2.input_gram"])
     found = collect(None, model=seeded(Model), logits=lambda model, batch: model(batch[0])["scores"])
     plain = collect(None)
     assert all(torch.equal(found[k], plain[k]) for k in plain)

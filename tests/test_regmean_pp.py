@@ -117,8 +117,8 @@ def test_what_comes_after_a_block_is_not_run():
         module.__class__, module.name = Counting, name
     told: list = []
     pf.regmean_pp(models, data, progress=lambda *step: told.append(step))
-    # one batch to find the order, then two batches for every block that is not before it
-    assert runs == {"blocks.0": 1 + 4 * 2, "blocks.2": 1 + 2 * 2}
+    # one batch to find the order, one to find no stack, then two batches for every block that is not before it
+    assert runs == {"blocks.0": 2 + 4 * 2, "blocks.2": 2 + 2 * 2}
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

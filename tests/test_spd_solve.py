@@ -266,6 +266,75 @@ def test_fp32_reaches_the_tolerance_that_it_reports():
     assert solved.residuals[-1] == pytest.approx(residual.norm().item(), rel=0.1)
 
 
+def layer_like(out: int, width: int, tasks: int):
+    """Grams whose spectra fall by 1e8, as those of layers do, in bases that tasks share only in part."""
+
+    def gram(n: int, seed: int) -> Tensor:
+        turned = torch.linalg.qr(torch.eye(n, dtype=F64) + 0.02 * torch.randn(n, n, generator=draw(seed), dtype=F64))[0]
+        return turned @ torch.logspace(0, -8, n, dtype=F64).diag() @ turned.T
+
+    weights = [torch.randn(out, width, generator=draw(t), dtype=F64) for t in range(tasks)]
+    return [gram(width, 40 + t) for t in range(tasks)], [gram(out, 60 + t) for t in range(tasks)], weights
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 2e-3])
+def test_a_loose_tolerance_moves_no_more_than_it_must(tolerance):
+    """The residual is what was asked for, and the way from the start no longer than that of plain iterations."""
+    inputs, outputs, weights = layer_like(96, 128, 3)
+    operator, right = KroneckerSum(inputs, outputs), right_side(inputs, outputs, weights)
+    start, exact = sum(weights) / 3, right_side(inputs, outputs, weights).norm()
+    solved = solve_kronecker_sum(operator, right, start, tolerance=tolerance, iterations=500)
+    plain = solve_kronecker_sum(operator, right, start, preconditioner="none", tolerance=tolerance, iterations=1000)
+    residual = right - sum(o @ solved.value @ g for o, g in zip(outputs, inputs, strict=True))
+    assert solved.converged and plain.converged
+    assert residual.norm() <= tolerance * exact
+    assert solved.residuals[-1] == pytest.approx(residual.norm().item(), rel=1e-6)
+    assert solved.iterations < plain.iterations / 2
+    assert (solved.value - start).norm() < 1.1 * (plain.value - start).norm()
+
+
+def test_more_columns_follow_where_the_first_leave_too_much():
+    """Flat spectra in bases of their own: a residual along one pair of directions moves all others."""
+    inputs, outputs, weights = [], [], family(96, 128, 2)[2]
+    for t in range(2):
+        for side, found in ((128, inputs), (96, outputs)):
+            turned = torch.linalg.qr(torch.randn(side, side, generator=draw(side + t), dtype=F64))[0]
+            found.append(turned @ torch.linspace(1, 0.2, side, dtype=F64).diag() @ turned.T)
+    operator, start = KroneckerSum(inputs, outputs), weights[0]
+    p, q = operator.eigenbases()
+    right = operator(start) + operator(start).norm() * q[:, :1] @ p[:, :1].T
+    seen = []
+    within = KroneckerSum.within
+    try:
+        KroneckerSum.within = lambda self, p, q: seen.append((q.shape[1], p.shape[1])) or within(self, p, q)
+        solved = solve_kronecker_sum(operator, right, start, tolerance=1e-9, iterations=300)
+    finally:
+        KroneckerSum.within = within
+    assert seen[0] == (32, 32) and seen[-1] == (96, 128) and seen == sorted(set(seen))
+    residual = right - sum(o @ solved.value @ g for o, g in zip(outputs, inputs, strict=True))
+    assert solved.converged and residual.norm() <= 1e-9 * right.norm()
+
+
+def test_iterations_end_where_they_are_told_to():
+    inputs, outputs, weights = layer_like(96, 128, 3)
+    operator, right = KroneckerSum(inputs, outputs), right_side(inputs, outputs, weights)
+    start = sum(weights) / 3
+    for most in (1, 2, 5):
+        solved = solve_kronecker_sum(operator, right, start, tolerance=1e-9, iterations=most)
+        assert solved.iterations == most and not solved.converged
+        assert solved.residuals[-1] == pytest.approx((right - operator(solved.value)).norm().item(), rel=1e-6)
+
+
+def test_the_same_system_has_the_same_bits():
+    inputs, outputs, weights = [[m.float() for m in part] for part in layer_like(96, 128, 3)]
+    right = right_side(inputs, outputs, weights)
+    found = [
+        solve_kronecker_sum(KroneckerSum(inputs, outputs), right, sum(weights) / 3, tolerance=1e-3).value
+        for _ in range(2)
+    ]
+    assert torch.equal(*found)
+
+
 def test_an_unknown_preconditioner_is_refused():
     with pytest.raises(ValueError, match="eigen, diagonal, none"):
         solve_kronecker_sum(KroneckerSum([G1], None), W1, W1, preconditioner="ilu")

@@ -42,27 +42,42 @@ def reporting(option: str, spelled: str, function: Callable) -> Callable:
 
 
 def _imported(option: str, module_name: str) -> ModuleType:
-    import importlib
-    import importlib.util
-
     try:
-        if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(
-                os.path.splitext(os.path.basename(module_name))[0], module_name
-            )
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-            return module
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        return importlib.import_module(module_name)
+        return _module(module_name)
     except (ImportError, OSError, SyntaxError) as error:
         raise UsageError(
             option, f"{module_name} cannot be imported: {error}", "Run it where the module lies."
         ) from error
     except (Exception, SystemExit) as error:
         raise _raised(option, module_name, error) from error
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name, or by its file, which then finds its neighbours, too."""
+    import importlib
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    if not name.endswith(".py"):
+        _find_in(os.getcwd())
+        return importlib.import_module(name)
+    file, stem = os.path.abspath(name), os.path.splitext(os.path.basename(name))[0]
+    _find_in(os.path.dirname(file))
+    loaded = sys.modules.get(stem)
+    if getattr(loaded, "__file__", None) == file:
+        return loaded
+    spec = spec_from_file_location(stem, file)
+    module = sys.modules[stem] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[stem]
+        raise
+    return module
+
+
+def _find_in(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _raised(option: str, who: str, error: BaseException) -> UsageError:

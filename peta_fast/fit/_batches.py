@@ -94,18 +94,23 @@ def inputs_of(batch: Any) -> tuple[tuple, dict]:
     return (batch,), {}
 
 
-def default_logits(model: nn.Module, batch: Any) -> Tensor:
-    """[N, C] or [N, L, C]. An encoder-decoder is given its labels, from which it makes the decoder's inputs."""
+def outputs_of(model: nn.Module, batch: Any) -> Any:
+    """What the model returns. An encoder-decoder is given its labels, from which it makes the decoder's inputs."""
     positional, named = inputs_of(batch)
     if is_encoder_decoder(model) and "decoder_input_ids" not in named and LABELS in batch:
         named[LABELS] = batch[LABELS]
-    found = model(*positional, **named)
+    return model(*positional, **named)
+
+
+def default_logits(model: nn.Module, batch: Any) -> Tensor:
+    """[N, C] or [N, L, C]"""
+    found = outputs_of(model, batch)
     logits = getattr(found, "logits", found)
     if not isinstance(logits, Tensor):
         raise CompatibilityError(
             type(model).__name__,
             f"expected logits, got {type(found).__name__}",
-            "Pass logits=(model, batch) -> [N, C].",
+            "Pass logits=(model, batch) -> [N, C] (--logits).",
         )
     return logits
 
@@ -176,7 +181,8 @@ class Losses:
         elif targets is None:
             raise CompatibilityError(
                 "batches", "expected labels, found none: output Grams and the Fisher are made of gradients of a loss",
-                "Add them (key 'labels', or last in the tuple), or take labels='sampled', or pass loss=.",
+                "Add them (key 'labels', or last in the tuple), or take labels='sampled' (--labels sampled), "
+                "or pass loss=.",
             )  # fmt: skip
         else:
             check_labels(scores, targets)

@@ -156,6 +156,12 @@ class MergedModel:
             piece.g = torch.zeros_like(piece.out) if g is None else g.contiguous()
         return torch.stack(losses).cpu()
 
+    def advance(self, batches: int) -> None:
+        """Leaves out as many batches of every task, which an earlier run has had."""
+        for task in self._batches:
+            for _ in range(batches):
+                next(task)
+
     @torch.no_grad()
     def coefficient_gradients(self, temperature: float = 0.5, products: bool = False) -> Tensor:
         """[len(names), T] fp64: dot products of the gradient with the task vectors, in one pass over them."""
@@ -232,5 +238,5 @@ def _check_names(model: nn.Module, base: Mapping, states: Sequence[Mapping], hea
                 label,
                 f"{wrong[0]!r} is {list(state[wrong[0]].shape)}, the model has {list(shapes[wrong[0]])}; "
                 f"{len(wrong) - 1} more tensors differ",
-                f"Heads of different sizes stay out of the merge: heads=[{head!r}] keeps one a task.",
+                f"Heads of different sizes stay out of the merge: heads=[{head!r}] (--heads {head}) keeps one a task.",
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from torch import Tensor
 from peta_fast.errors import RecipeError
 from peta_fast.fit._merged_model import MergedModel
 from peta_fast.fit._steps import Progress
+from peta_fast.fit._store import write
+from peta_fast.formats.disk import write_whole
 from peta_fast.ops.concrete_mask import sample_mask
 from peta_fast.ops.concrete_mask.noise import mask_key
 
@@ -60,7 +61,8 @@ class Fitted:
         self.model, self.heads, self.history = merged.model, merged.heads, tuple(history)
         self.coefficients = dict(zip(merged.names, coefficients.cpu(), strict=True))
         self.masks = masks
-        self._num_models, self._trimmed = merged.count, trimmed
+        self._num_models = merged.count
+        self._kept = _kept_entries(merged) if trimmed else None
         state = merged.model.state_dict(keep_vars=True)
         first: dict[int, str] = {}
         self._shapes = {
@@ -75,13 +77,24 @@ class Fitted:
 
     def mask_tensors(self, kind: str = "soft") -> dict[str, Tensor]:
         """Name -> mask, as masked_task_arithmetic takes them; see save_masks."""
-        if self.masks is None:
+        if not self.has_masks:
             raise RecipeError("masks", "this fit has learned coefficients alone", "Fit with peta_fast.fit.concrete.")
+        if self._kept is not None:
+            apart = [name for name in self._shapes if f"0/{name}" not in self._kept]
+            return {name: self._nothing(name) for name in apart} | self._kept
         return {name: self._mask(name, kind) for name in self._shapes}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the merge wants them: those learned, or where trimmed task vectors have entries left."""
+        return self.masks is not None or self._kept is not None
+
+    def _nothing(self, name: str) -> Tensor:
+        return torch.zeros(-(-self._shapes[name].numel() // 8), dtype=torch.uint8)
 
     def _mask(self, name: str, kind: str) -> Tensor:
         if name not in self.masks.logits:
-            return torch.zeros(-(-self._shapes[name].numel() // 8), dtype=torch.uint8)
+            return self._nothing(name)
         mask = self.masks.of(name, kind).cpu()
         return bits_of(mask) if kind == "binary" else mask
 
@@ -92,19 +105,12 @@ class Fitted:
               "expected": sigmoid(logit), fp32
 
         A tensor that stayed out of the merge gets a mask of zeros: the base's values stay. The method's
-        `mask_rescale: mean` divides by each mask's mean, as the fit did.
+        `mask_rescale: mean` divides by each mask's mean, as the fit did. Trimmed task vectors have masks of their own,
+        one bit an element and task, and no rescaling.
         """
-        from safetensors.torch import save_file
-
-        file, tensors = Path(file), self.mask_tensors(kind)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        settings = {"kind": kind, "temperature": self.masks.temperature, "seed": self.masks.seed}
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"} | {k: str(v) for k, v in settings.items()})
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        learned = self.masks and {"kind": kind, "temperature": self.masks.temperature, "seed": self.masks.seed}
+        settings = learned or {"kind": "trimmed"}
+        write(Path(file), self.mask_tensors(kind), {"format": "pt"} | {k: str(v) for k, v in settings.items()})
 
     def weights(self) -> list[list[dict[str, Any]]]:
         """The coefficients as the recipe's `weight` has them: for each model, values by tensor name, longest first."""
@@ -118,16 +124,14 @@ class Fitted:
     def recipe(self, base: str | Path, models: Sequence[str | Path], mask: str | Path | None = None) -> dict[str, Any]:
         """The same merge as a recipe, of checkpoints on disk.
 
-        mask  the file that save_masks has written, where masks were learned
+        mask  the file that save_masks has written, where there are masks: learned, or of trimmed task vectors
 
-        Raises RecipeError for trimmed task vectors, whose merge is not one of the methods: save state_dict() instead.
+        Raises RecipeError where the models or the mask file are not as many.
         """
-        if self._trimmed:
-            raise RecipeError("recipe", "no method merges trimmed task vectors like this", "Save state_dict() instead.")
-        if (mask is None) != (self.masks is None) or len(models) != self._num_models:
+        if (mask is None) == self.has_masks or len(models) != self._num_models:
             raise RecipeError(
                 "recipe",
-                f"expected {self._num_models} models and {'no' if self.masks is None else 'a'} mask file, "
+                f"expected {self._num_models} models and {'a' if self.has_masks else 'no'} mask file, "
                 f"got {len(models)} and {mask}",
             )
         entries = [
@@ -137,7 +141,7 @@ class Fitted:
         recipe = {"method": "task_arithmetic", "base_model": str(base), "models": entries}
         if mask is not None:
             recipe["method"] = "masked_task_arithmetic"
-            recipe["parameters"] = {"mask": str(mask), "mask_rescale": "mean"}
+            recipe["parameters"] = {"mask": str(mask), "mask_rescale": "none" if self.masks is None else "mean"}
         return recipe
 
     def save_recipe(self, file: str | Path, base: str | Path, models: Sequence[str | Path], mask=None) -> None:
@@ -145,7 +149,16 @@ class Fitted:
         import yaml
 
         text = yaml.safe_dump(self.recipe(base, models, mask), sort_keys=False)
-        Path(file).write_text(text, encoding="utf-8")
+        write_whole(Path(file), text.encode())
+
+
+def _kept_entries(merged: MergedModel) -> dict[str, Tensor]:
+    """<task>/<tensor> -> where the task vector is not zero, in bits."""
+    return {
+        f"{task}/{name}": bits_of(vector.cpu() != 0)
+        for name, piece in zip(merged.names, merged.pieces, strict=True)
+        for task, vector in enumerate(piece.task_vectors)
+    }
 
 
 def bits_of(mask: Tensor) -> Tensor:

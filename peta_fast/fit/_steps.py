@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,17 @@ class Coefficients:
     def reset(self) -> None:
         """Back to the start; the optimizer's moments stay."""
         self.values.copy_(self.start)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a later run needs to go on."""
+        return {"values": self.values, **self.optimizer.state[self.values]}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Goes on from what an earlier run has kept, if anything."""
+        if kept:
+            self.values.copy_(kept["values"])
+            moments = {name: t.to(self.values.device) for name, t in kept.items() if name not in ("values", "step")}
+            self.optimizer.state[self.values] = {"step": kept["step"], **moments}
 
 
 def check_positive(**numbers: float) -> None:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peta_fast.buffers import SHORT_NAMES
 from peta_fast.errors import CheckpointError, RecipeError, ResourceError
 from peta_fast.fit._batches import bytes_of
 from peta_fast.formats import ShardWriter, layout_shards
@@ -68,26 +69,28 @@ class Store:
         return tensors, json.loads(metadata["state"])
 
     def keep(self, tensors: dict[str, Tensor], state: dict) -> None:
-        self._write(self.unfinished, tensors, {"mark": self.mark, "state": json.dumps(state)})
+        write(self.unfinished, tensors, {"mark": self.mark, "state": json.dumps(state)})
 
     def finish(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        self._write(self.path, tensors, {**metadata, "mark": self.mark})
+        write(self.path, tensors, {**metadata, "mark": self.mark})
         self.unfinished.unlink(missing_ok=True)
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """The same bytes for the same content. Raises ResourceError; no partial file stays then."""
-        make_directory(path.parent)
-        entries = [(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
-        (layout,) = layout_shards(entries, max_shard_size=1 << 62, metadata=metadata)
-        writer = ShardWriter(replace(layout, filename=path.name), path.parent)
-        try:
-            with writer:
-                for name, offset in layout.offsets.items():
-                    writer.write(offset, bytes_of(tensors[name]))
-                writer.publish()
-        except BaseException:
-            writer.partial.unlink(missing_ok=True)
-            raise
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Tensors on the CPU, the same bytes for the same content. Raises ResourceError; no partial file stays then."""
+    make_directory(path.parent)
+    dtypes = {name: SHORT_NAMES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    entries = [(name, dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    (layout,) = layout_shards(entries, max_shard_size=1 << 62, metadata=metadata)
+    writer = ShardWriter(replace(layout, filename=path.name), path.parent)
+    try:
+        with writer:
+            for name, offset in layout.offsets.items():
+                writer.write(offset, bytes_of(tensors[name]))
+            writer.publish()
+    except BaseException:
+        writer.partial.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,14 +12,17 @@ and Adam's learning rate is 1e-3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
 from peta_fast.fit._merged_model import MergedModel, Model
 from peta_fast.fit._results import Fitted
 from peta_fast.fit._steps import Coefficients, History, Progress, check_positive, check_steps
 from peta_fast.fit._trimming import trim
+from peta_fast.fit._unfinished import Unfinished
 from peta_fast.fit.tasks import Task, check_loss
 
 
@@ -38,6 +41,8 @@ def adamerging(
     steps: int = 1000,
     clamp: bool = True,
     loss: str = "entropy",
+    unfinished: str | Path | None = None,
+    save_every: int = 100,
     progress: Callable[[Progress], None] | None = None,
 ) -> Fitted:
     """Learns coefficients; `model` becomes the merged model, in place.
@@ -53,11 +58,13 @@ def adamerging(
     initial      where coefficients start: one number, or one a model
     clamp        to [0, 1] when used, as the paper's code does
     loss         "entropy", or "cross_entropy" where batches have labels
+    unfinished   a safetensors file that holds the state every `save_every` steps until the fit is done; a killed fit
+                 goes on from it when called again, to the same result where batches come in the same order
     progress     called after every step
 
     Returns Fitted: the coefficients, the history, files for a merge elsewhere. The same data in the same order give the
     same result. Raises RecipeError, CompatibilityError, CheckpointError for what does not fit, PetaFastError with the
-    step where a loss is not finite.
+    step where a loss is not finite, ResourceError for an unfinished fit of something else.
     """
     check_loss(loss)
     check_positive(learning_rate=learning_rate)
@@ -66,17 +73,37 @@ def adamerging(
     trim(merged, density, elect)
     coefficients = Coefficients(merged, granularity, initial, learning_rate, clamp)
     history = History(merged, progress)
+    settings = {
+        "adamerging": granularity, "density": density, "elect": elect, "initial": initial, "rate": learning_rate,
+        "steps": steps, "clamp": clamp, "loss": loss,
+    }  # fmt: skip
+    state = Unfinished(unfinished, save_every, merged, history, settings)
     with merged.fitting():
-        learn_coefficients(merged, coefficients, history, steps, loss)
+        learn_coefficients(merged, coefficients, history, steps, loss, state)
+    state.remove()
     return Fitted(merged, coefficients.current().clone(), history.steps, trimmed=density < 1 or elect)
 
 
+PHASE = "coefficients"
+
+
 def learn_coefficients(
-    merged: MergedModel, coefficients: Coefficients, history: History, steps: int, loss: str
+    merged: MergedModel,
+    coefficients: Coefficients,
+    history: History,
+    steps: int,
+    loss: str,
+    state: Unfinished,
+    more: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> None:
-    """Steps of Adam; the model holds the merge with the last coefficients afterwards."""
+    """Steps of Adam; the model holds the merge with the last coefficients afterwards.
+
+    more  what else a later run needs to go on
+    """
+    coefficients.restore(state.take(PHASE) if state.phase == PHASE else {})
     merged.rebuild(coefficients.current())
-    for step in range(1, steps + 1):
-        history.note("coefficients", step, steps, merged.backward(loss))
+    for step in range(1 + (state.done if state.phase == PHASE else 0), steps + 1):
+        history.note(PHASE, step, steps, merged.backward(loss))
         coefficients.step(history.check(merged.coefficient_gradients()))
         merged.rebuild(coefficients.current())
+        state.keep(PHASE, step, lambda: {PHASE: coefficients.kept(), **more})

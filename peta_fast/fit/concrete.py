@@ -14,6 +14,7 @@ Source: Tang et al., Concrete subspace learning, 2023, arXiv:2312.06173; default
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from peta_fast.errors import RecipeError
 from peta_fast.fit._merged_model import MergedModel, Model
 from peta_fast.fit._results import KINDS, Fitted, Masks
 from peta_fast.fit._steps import Coefficients, History, Progress, check_positive, check_steps
-from peta_fast.fit.adamerging import learn_coefficients
+from peta_fast.fit._unfinished import Unfinished
+from peta_fast.fit.adamerging import PHASE, learn_coefficients
 from peta_fast.fit.tasks import Task, check_loss
 from peta_fast.ops.concrete_mask import Adam, Piece, dispatch
 from peta_fast.ops.concrete_mask.noise import mask_key
@@ -43,11 +45,13 @@ def concrete_task_arithmetic(
     mask: str = "soft",
     loss: str = "entropy",
     seed: int = 0,
+    unfinished: str | Path | None = None,
+    save_every: int = 100,
     progress: Callable[[Progress], None] | None = None,
 ) -> Fitted:
     """Learns the mask of task arithmetic; `model` becomes the merged model, in place.
 
-    model, models, tasks, base, heads, loss, progress   as in peta_fast.fit.adamerging.adamerging
+    model, models, tasks, base, heads, loss, unfinished, save_every, progress   as in fit.adamerging.adamerging
     scaling        lambda: one number, or one a model
     learning_rate  of Adam on the logits
     initial_logit  where they start: 0 lets each entry through with probability 1/2
@@ -63,14 +67,22 @@ def concrete_task_arithmetic(
     learner = MaskLearner(merged, seed, temperature, initial_logit, learning_rate)
     history = History(merged, progress)
     ones = torch.ones(len(merged.names), 1, device=merged.device)
+    settings = {
+        "concrete": summed.tolist(), "rate": learning_rate, "steps": steps, "temperature": temperature,
+        "logit": initial_logit, "mask": mask, "loss": loss, "seed": seed,
+    }  # fmt: skip
+    state = Unfinished(unfinished, save_every, merged, history, settings)
+    learner.restore(state)
     with merged.fitting():
-        for step in range(1, steps + 1):
+        for step in range(1 + state.done, steps + 1):
             learner.draw(step)
             merged.rebuild(ones, temperature)
             history.note("masks", step, steps, merged.backward(loss))
             learner.step(history)
+            state.keep("masks", step, learner.kept)
         masks = learner.fix(steps + 1, mask)
         merged.rebuild(ones)
+    state.remove()
     return Fitted(merged, summed.expand(len(merged.names), -1), history.steps, masks)
 
 
@@ -95,11 +107,14 @@ def concrete_adamerging(
     mask: str = "soft",
     loss: str = "entropy",
     seed: int = 0,
+    unfinished: str | Path | None = None,
+    save_every: int = 100,
     progress: Callable[[Progress], None] | None = None,
 ) -> Fitted:
     """Learns a mask on two levels and then coefficients within it; `model` becomes the merged model, in place.
 
-    model, models, tasks, base, heads, granularity, initial, clamp, loss, progress   as in adamerging
+    model, models, tasks, base, heads, granularity, initial, clamp, loss, unfinished, save_every, progress   as in
+                         adamerging
     learning_rate, steps, temperature, initial_logit, mask, seed   as in concrete_task_arithmetic
     inner_learning_rate  of the coefficients' one step from their start, in every step of the logits; with 1, Adam's
                          first step has length 1, so that clamped coefficients become 0 or 1
@@ -115,8 +130,16 @@ def concrete_adamerging(
     inner = Coefficients(merged, granularity, initial, inner_learning_rate, clamp)
     learner = MaskLearner(merged, seed, temperature, initial_logit, learning_rate)
     history = History(merged, progress)
+    settings = {
+        "concrete": granularity, "initial": initial, "rate": learning_rate, "steps": steps, "temperature": temperature,
+        "inner": inner_learning_rate, "resample": resample, "outer": coefficient_learning_rate, "then":
+        coefficient_steps, "clamp": clamp, "logit": initial_logit, "mask": mask, "loss": loss, "seed": seed,
+    }  # fmt: skip
+    state = Unfinished(unfinished, save_every, merged, history, settings)
+    learner.restore(state)
+    inner.restore(state.take("inner"))
     with merged.fitting():
-        for step in range(1, steps + 1):
+        for step in range(1 + (steps if state.phase == PHASE else state.done), steps + 1):
             inner.reset()
             learner.draw(2 * step - 1)
             merged.rebuild(inner.current(), temperature)
@@ -127,9 +150,11 @@ def concrete_adamerging(
             merged.rebuild(inner.current(), temperature)
             history.note("masks", step, steps, merged.backward(loss))
             learner.step(history)
+            state.keep("masks", step, lambda: {"inner": inner.kept(), **learner.kept()})
         masks = learner.fix(2 * steps + 1, mask)
         outer = Coefficients(merged, granularity, initial, coefficient_learning_rate, clamp)
-        learn_coefficients(merged, outer, history, coefficient_steps, loss)
+        learn_coefficients(merged, outer, history, coefficient_steps, loss, state, {"logits": masks.logits})
+    state.remove()
     return Fitted(merged, outer.current().clone(), history.steps, masks)
 
 
@@ -163,6 +188,26 @@ class MaskLearner:
             else merged.pieces
         )
         dispatch.adam(pieces, shifts, self.temperature, self.moments, Adam(self.rate, self.steps))
+
+    def kept(self) -> dict[str, dict[str, Tensor]]:
+        """What a later run needs to go on."""
+        names = self.merged.names
+        first, second = zip(*self.moments, strict=True)
+        parts = {"logits": [p.logits for p in self.merged.pieces], "first": first, "second": second}
+        steps = {"steps": torch.tensor([float(self.steps)])}
+        return {"adam": steps, **{part: dict(zip(names, tensors, strict=True)) for part, tensors in parts.items()}}
+
+    @torch.no_grad()
+    def restore(self, state: Unfinished) -> None:
+        """Goes on from what an earlier run has kept, if anything."""
+        logits, first, second = (state.take(name) for name in ("logits", "first", "second"))
+        self.steps = int(state.take("adam").get("steps", torch.zeros(1)))
+        for name, piece, moments in zip(self.merged.names, self.merged.pieces, self.moments, strict=True):
+            if name in logits:
+                piece.logits.copy_(logits[name])
+            if name in first:
+                moments[0].copy_(first[name])
+                moments[1].copy_(second[name])
 
     @torch.no_grad()
     def fix(self, number: int, kind: str) -> Masks:

@@ -7,7 +7,9 @@
 
 The Grams come out as statistics, so `method: regmean_pp` makes the same merge of checkpoints in files.
 
-Cost: for each block and task a forward pass that ends with the block, so (blocks + 1) / 2 passes over the data a task.
+Cost: where blocks are a plain stack, as the layers of a transformer are, what goes into a block is carried on from the
+one before: a task's data go through the stack three times, whatever its depth. It is held in memory, for all examples
+of all tasks. Elsewhere, for each block and task a forward pass that ends with the block.
 Source: Nguyen et al., 2025, arXiv:2508.03121.
 """
 
@@ -28,8 +30,11 @@ from peta_fast._assignment import layer_of
 from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.fit import _batches as batching
 from peta_fast.fit import _layers as layers
+from peta_fast.fit._marks import marks
+from peta_fast.fit._stacks import NoStack, Stack, stacks_in
 from peta_fast.fit._store import Store
 from peta_fast.fit.statistics import Statistics, unpadded
+from peta_fast.formats.weight_marks import METADATA
 from peta_fast.merging import merge_state_dicts
 from peta_fast.methods.regmean_pp import collected_as
 from peta_fast.ops.gram import add_gram, pack
@@ -58,7 +63,7 @@ def regmean_pp(
                   (`encoder.layer.3`), and layers outside them, in the order of a first pass
     off_diagonal  multiplies off-diagonal elements of the Grams
     weight        one a model, multiplies its Grams
-    examples      of each task at most; they are held in memory
+    examples      of each task at most; they are held in memory, and what goes into a block with them
     mask          (module, batch) -> [N, L], zero where a row is padding; "attention_mask" when not given
     out           T files that take the statistics
     progress      called with the blocks done and their number
@@ -86,12 +91,19 @@ def _merge_blocks(tasks: list[_Task], blocks: list[str], settings: dict, progres
     states = [task.state() for task in tasks]
     outside = [name for name in states[0] if not any(_belongs(name, block) for block in blocks)]
     merged = _take(tasks, states, outside, {}, settings)
-    for number, block in enumerate(blocks, 1):
-        grams = [task.collect(block) for task in tasks]
-        names = [name for name in states[0] if name not in merged and _belongs(name, block)]
-        merged |= _take(tasks, states, names, grams, settings)
-        if progress:
-            progress(number, len(blocks))
+    done = 0
+    for stack in tasks[0].stacks(blocks):
+        for task in tasks:
+            task.enter(stack)
+        for block in stack:
+            grams = [task.collect(block) for task in tasks]
+            names = [name for name in states[0] if name not in merged and _belongs(name, block)]
+            merged |= _take(tasks, states, names, grams, settings)
+            for task in tasks:
+                task.leave(block)
+            done += 1
+            if progress:
+                progress(done, len(blocks))
     return {name: merged[name] for name in states[0]}
 
 
@@ -133,18 +145,20 @@ class _Task:
         shared = Counter(t.data_ptr() for t in self.model.state_dict(keep_vars=True).values())
         found = layers.layers_of(self.model)
         self.layers = {n: m for n, m in found.items() if shared[m.weight.data_ptr()] == 1}
+        self.marks = marks(model.state_dict(), [f"{name}.input_gram" for name in self.layers])
         self.grams: State = {}
         self.counts: dict[str, int] = {}
+        self.stack: Stack | None = None
+        for module in self.model.modules():
+            if getattr(getattr(module, "config", None), "use_cache", False):
+                module.config.use_cache = False  # keys of earlier tokens, which nobody will ask for
 
     def state(self) -> State:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def run(self, batch: Any) -> None:
-        with layers.evaluating(self.model), torch.no_grad(), contextlib.suppress(_Finished):
-            positional, named = batching.inputs_of(batching.moved(batch, self.device))
-            if batching.is_encoder_decoder(self.model) and batching.LABELS in batch:
-                named[batching.LABELS] = batch[batching.LABELS]
-            self.model(*positional, **named)
+        with layers.evaluating(self.model), torch.no_grad():
+            batching.outputs_of(self.model, batching.moved(batch, self.device))
 
     def blocks(self) -> list[str]:
         """Names of blocks in the order in which their first layers run."""
@@ -158,12 +172,33 @@ class _Task:
             self.run(self.batches[0])
         return list(order)
 
+    def stacks(self, blocks: Sequence[str]) -> list[list[str]]:
+        """The blocks, in runs that may be stacks. Raises CompatibilityError for names that are no modules."""
+        for block in blocks:
+            try:
+                self.model.get_submodule(block)
+            except AttributeError:
+                raise CompatibilityError("blocks", f"expected a module of the model, got {block!r}") from None
+        return stacks_in(self.model, blocks, self.run_number)
+
+    def enter(self, stack: Sequence[str]) -> None:
+        """From here on, what goes into the stack's blocks is carried, if it can be."""
+        self.stack = None
+        if len(stack) > 1:
+            with contextlib.suppress(NoStack):
+                self.stack = Stack(self.model, stack, self.run_number, len(self.batches))
+
+    def leave(self, block: str) -> None:
+        """The block has its merged weights."""
+        if self.stack is not None and block != self.stack.blocks[-1]:
+            self.stack.advance()
+
+    def run_number(self, batch: int) -> None:
+        self.run(self.batches[batch])
+
     def collect(self, block: str) -> State:
         """The Grams of one block's layers, and their layouts. Raises CompatibilityError, CheckpointError."""
-        try:
-            module = self.model.get_submodule(block)
-        except AttributeError:
-            raise CompatibilityError("blocks", f"expected a module of the model, got {block!r}") from None
+        module = self.model.get_submodule(block)
         inside = {n: m for n, m in self.layers.items() if n == block or _belongs(n, block)}
         sums: State = {}
         batch: Any = None
@@ -181,8 +216,10 @@ class _Task:
         with layers.watching(inside, see):
             handle = module.register_forward_hook(stop)
             try:
-                for batch in self.batches:
-                    self.run(batch)
+                for number in range(len(self.batches)):
+                    batch = self.batches[number]
+                    with contextlib.suppress(_Finished):
+                        (self.stack.run if self.stack is not None else self.run_number)(number)
             finally:
                 handle.remove()
         found = {key: pack(total).cpu() / self.counts[key] for key, total in sums.items() if self.counts[key]}
@@ -203,4 +240,5 @@ class _Task:
             "examples": str(sum(map(batching.size_of, self.batches))),
             "counts": json.dumps(self.counts),
             "transposed": self._transposed(),
+            METADATA: self.marks,
         }

@@ -31,7 +31,9 @@ from peta_fast.errors import CheckpointError, CompatibilityError, RecipeError
 from peta_fast.fit import _batches as batching
 from peta_fast.fit import _layers as layers
 from peta_fast.fit._fisher import OnePass, one_by_one
+from peta_fast.fit._marks import marks
 from peta_fast.fit._store import Store, read
+from peta_fast.formats.weight_marks import METADATA
 from peta_fast.methods import KINDS
 from peta_fast.ops.gram import add_gram, pack, unpack
 
@@ -45,7 +47,8 @@ class Statistics(dict):
     """Name -> fp32 tensor, as a statistics file holds them.
 
     metadata  text to text: examples, counts (JSON, rows or examples behind each entry), transposed (JSON, modules whose
-              weights are stored [in, out]), fisher_norm, and how they were collected
+              weights are stored [in, out]), fisher_norm, how they were collected, and from which weights (JSON, marks
+              by tensor name: a merge refuses statistics of another model)
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
@@ -243,6 +246,8 @@ class _Collector:
             with layers.watching(self.modules, lambda *seen: self._add_input(*seen, batch), outputs):
                 if wants_gradients:
                     found = self.losses(self.model, batch, self.examples)
+                elif self.losses.logits is batching.default_logits:  # a model without a head will do
+                    batching.outputs_of(self.model, batch)
                 else:
                     self.losses.logits(self.model, batch)
         if wants_gradients:
@@ -328,6 +333,7 @@ class _Collector:
             "counts": json.dumps(self.counts),
             "transposed": json.dumps([n for n, m in self.modules.items() if layers.is_transposed(m)]),
             "fisher_norm": repr(math.sqrt(sum(squares))),
+            METADATA: marks(self.model.state_dict(), self.means()),
         }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peta_fast.errors import CheckpointError
-from peta_fast.methods import REQUIRED, MethodParams, TensorSpec, per_model
+from peta_fast.methods import REQUIRED, MethodParams, TensorSpec, per_model, shared
 from peta_fast.methods._solving import average, check_weights, sides
 
 REFERENCE = "https://arxiv.org/abs/2111.09832"
@@ -30,6 +30,7 @@ FUSION_BENCH_FLOOR = 1e-6
 @dataclass(frozen=True)
 class Params(MethodParams):
     statistics: tuple[str, ...] = per_model(REQUIRED, kind=str, help="file with the model's diagonal Fisher")
+    check_statistics: bool = shared(True, help="whether they were collected from the model's own weights")
     weight: tuple[float, ...] = per_model(1.0, low=0.0, help="multiplies each Fisher")
 
 

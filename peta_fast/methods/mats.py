@@ -50,6 +50,7 @@ the demonstration's digits, preconditioned iterations to 1e-5 recognize up to th
 @dataclass(frozen=True)
 class Params(MethodParams):
     statistics: tuple[str | None, ...] = per_model(None, kind=str, help="file with the model's statistics")
+    check_statistics: bool = shared(True, help="whether they were collected from the model's own weights")
     weight: tuple[float, ...] = per_model(1.0, low=0.0, help="multiplies each task's curvature")
     operator: str = shared("kfac", choices=tuple(NEEDS), help="the curvature")
     solver: str = shared("auto", choices=("auto", "cg"), help="auto: the closed form where there is one")
@@ -59,7 +60,9 @@ class Params(MethodParams):
     tolerance: float | None = shared(
         None, kind=float, low=0.0, help="of the residual, relative to the right-hand side; 1e-3, with compat mats 1e-5"
     )
-    preconditioner: str = shared("eigen", choices=("eigen", "diagonal", "none"), help="of conjugate gradients")
+    preconditioner: str = shared(
+        "eigen", choices=("eigen", "diagonal", "none"), help="of conjugate gradients; see ops.kronecker_sum"
+    )
 
 
 def check(params: Params, compat: str) -> list[str]:
@@ -88,7 +91,7 @@ def memory(params: Params, shape: tuple[int, ...], models: int) -> int:
     item = 8 if out * width <= EXACT_BELOW else 4
     if params.operator in ("identity", "diagonal"):
         return 8 * 6 * out * width
-    grams = 3 * models * (out**2 + width**2) * item + 8 * 4 * max(out, width) ** 2
+    grams = 3 * models * (out**2 + width**2) * item + 8 * 6 * max(out, width) ** 2
     return grams + item * (10 + models) * out * width
 
 

@@ -27,6 +27,7 @@ NEEDS_BASE = "optional"
 @dataclass(frozen=True)
 class Params(MethodParams):
     statistics: tuple[str, ...] = per_model(REQUIRED, kind=str, help="file with the model's Gram matrices")
+    check_statistics: bool = shared(True, help="whether they were collected from the model's own weights")
     weight: tuple[float, ...] = per_model(1.0, low=0.0, help="multiplies each Gram matrix")
     off_diagonal: float = shared(0.9, low=0.0, high=1.0, alias="alpha", help="a: multiplies off-diagonal elements")
 

@@ -1,0 +1,1 @@
+"""Learn from data what a merge needs: statistics, coefficients, masks."""
