@@ -94,7 +94,7 @@ FULL = Regime("full", 3, FULL_TRACKS)
 
 def _tiny(track: TrackSettings, **sizes: Any) -> TrackSettings:
     short = {kind: replace(how, epochs=1) for kind, how in track.training.items()}
-    small = {"training": short, "scalings": (0.5, 1.0), "fit_steps": 2, "fit_batch": 4, "mats_iterations": (1, 3)}
+    small = {"training": short, "scalings": (0.5, 1.0), "fit_steps": 1, "fit_batch": 4, "mats_iterations": (1,)}
     return replace(track, **{**small, "triples": False, **sizes})
 
 

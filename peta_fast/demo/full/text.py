@@ -80,7 +80,20 @@ def by_length(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[order] for name, tensor in batch.items()}
 
 
+_made: dict[tuple[str, int], Track] = {}
+
+
 def text_track(settings: TrackSettings, seed: int) -> Track:
+    """The track; that of the last call is kept, for nobody changes its base."""
+    key = (repr(settings), seed)
+    if key not in _made:
+        track = _text_track(settings, seed)
+        _made.clear()
+        _made[key] = track
+    return _made[key]
+
+
+def _text_track(settings: TrackSettings, seed: int) -> Track:
     model, examples, heads = encoder(settings.layers), {}, {}
     most = {name: getattr(settings, name) for name in SPLITS}
     for task, packages in TASKS.items():

@@ -22,7 +22,7 @@ from peta_fast.demo.train import reproducible
 
 
 def work(out: Path, regime: Regime, seed: int, track: str, kind: str, tell: Tell) -> None:
-    """A unit: what all kinds of a track need, or one kind. On one thread: results are the same on any number of cores."""
+    """A unit: what all kinds of a track need, or one kind. On one thread: any number of cores gives one result."""
     chain = Chain(out, regime, seed, track, kind, tell)
     with reproducible(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries announce their future here
