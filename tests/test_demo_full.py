@@ -177,6 +177,26 @@ def test_a_tangent_model_scores_its_whole_grid_in_one_pass(digits):
     assert found[0.0] == digits.accuracy(digits.base, "inverted", "test")
 
 
+def test_the_fisher_of_a_tangent_model_is_that_of_its_linear_logits(digits):
+    """d logits / d step is what one entry's unit step adds, so (dL/dw)^2 follows without a gradient."""
+    task, name = "inverted", "model.layers.2.fc2.delta_B"
+    space, state = kinds.space_of("linear_model", digits, 0), trained("linear_model", digits, "inverted")
+    found = kinds.statistics_of(space, state, task)[name.removesuffix(".delta_B") + ".fisher"]
+    batch = digits.batches(task, "train", 1000, most=digits.settings.statistics)[0]
+
+    def logits(step) -> torch.Tensor:
+        with torch.no_grad():
+            return space.put({**state, name: step})(batch["pixels"]).double()
+
+    at = logits(state[name])
+    error = at.softmax(-1) - torch.nn.functional.one_hot(batch["labels"], 10)
+    for place in ((0, 0), (17, 3), (63, 7)):
+        moved = state[name].clone()
+        moved[place] += 1.0
+        exact = (error * (logits(moved) - at)).sum(-1).square().mean().item()
+        assert found[place].item() == pytest.approx(exact, rel=2e-2, abs=1e-4 * found.max().item())
+
+
 # --- merges
 
 

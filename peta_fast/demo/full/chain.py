@@ -32,7 +32,7 @@ FORMAT = 1
 """Counts up when a stage computes something else from the same settings."""
 START, BASE, FINETUNE, STATISTICS, VECTORS = "start", "base", "finetune", "statistics", "vectors"
 SECONDS = "seconds"
-"""Of a stage, among its numbers."""
+"""Of the processor in a stage, among its numbers: one thread's, so on an idle machine the time it took."""
 Result = tuple[dict[str, Tensor] | None, dict[str, Any]]
 """What a stage leaves: tensors, if any, and numbers."""
 Tell = Callable[[str, float, str], None]
@@ -161,10 +161,10 @@ class Chain:
                 self._forget_statistics()
 
     def _do(self, name: str, stage: Stage, work: Callable[[], Result]) -> None:
-        started, found = time.perf_counter(), stage.done()
+        started, busy, found = time.perf_counter(), time.process_time(), stage.done()
         if not found:
             tensors, numbers = work()
-            stage.write({**numbers, SECONDS: time.perf_counter() - started}, tensors)
+            stage.write({**numbers, SECONDS: time.process_time() - busy}, tensors)
         self.tell(name, 0.0 if found else time.perf_counter() - started, self._outcome(stage))
 
     def _outcome(self, stage: Stage) -> str:
@@ -181,10 +181,10 @@ class Chain:
             self.statistics_stage(task).remove()
 
     def _finetune(self, task: str) -> Result:
-        how, started = self.settings.training[self.kind], time.perf_counter()
+        how, started = self.settings.training[self.kind], time.process_time()
         model = trainable(self.kind, self.track, self.seed)
         train(model, self.track, task, epochs=how.epochs, learning_rate=how.learning_rate, seed=self.seed)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         state = trained_state(self.kind, model)
         model = self.space.put({**self.space.origin, **state})

@@ -68,25 +68,25 @@ class Regime:
 
 FULL_TRACKS = {
     DIGITS: TrackSettings(
-        train=1000, validation=200, test=450, batch=50, score_batch=225,
+        train=1000, validation=150, test=400, batch=50, score_batch=200,
         training={
             "full": Training(8, 1e-3), "attention": Training(8, 2e-3), "lora": Training(8, 6e-3),
             "linear_layer": Training(8, 1e-2), "linear_model": Training(12, 1.5e-2),
         },
         rank=8, alpha=16, targets=("query", "key", "value", "dense", "fc1", "fc2"),
-        scalings=(0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4), statistics=300, fit_steps=40, fit_batch=16,
+        scalings=(0.2, 0.3, 0.4, 0.6, 0.9, 1.3), statistics=300, fit_steps=40, fit_batch=16, triples=False,
         adamerging_rate=0.01, concrete_rate=0.1, mats_iterations=(3, 10, 30),
         base_epochs=40, base_rate=2e-3, few_per_digit=8,
     ),
     TEXT: TrackSettings(
-        train=70, validation=16, test=32, batch=16, score_batch=32,
+        train=60, validation=12, test=24, batch=16, score_batch=32,
         training={
-            "full": Training(3, 1e-4), "attention": Training(3, 3e-4), "lora": Training(3, 3e-3),
+            "full": Training(3, 1e-4), "attention": Training(3, 3e-4), "lora": Training(3, 4e-3),
             "linear_layer": Training(3, 8e-3), "linear_model": Training(3, 8e-3),
         },
         rank=16, alpha=32, targets=("query", "value"),
-        scalings=(0.3, 0.5, 0.8, 1.2), statistics=100, fit_steps=12, fit_batch=8,
-        adamerging_rate=0.03, concrete_rate=0.1, mats_iterations=(3, 10),
+        scalings=(0.3, 0.5, 0.8, 1.2), statistics=100, fit_steps=10, fit_batch=8,
+        adamerging_rate=0.03, concrete_rate=0.1, mats_iterations=(3, 8),
     ),
 }  # fmt: skip
 FULL = Regime("full", 3, FULL_TRACKS)
