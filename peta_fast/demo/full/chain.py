@@ -66,7 +66,7 @@ class Chain:
             s.validation,
             s.test,
             s.batch,
-            s.layers,
+            s.frozen_layers,
             s.base_epochs,
             s.base_rate,
             s.few_per_digit,
@@ -131,7 +131,10 @@ class Chain:
         if weights:
             track.base.load_state_dict(weights)
         counts = {t: {n: track.count(t, n) for n in ("train", "validation", "test")} for t in track.tasks}
-        return weights, {"test": track.accuracies(track.base, "test"), "counts": counts}
+        return weights, {
+            "test": track.accuracies(track.base, "test"), "counts": counts,
+            "frozen_layers": self.settings.frozen_layers,
+        }  # fmt: skip
 
     def stages(self) -> list[Stage]:
         """Those whose files stay, in the order of their names; statistics go when the merges they serve are there."""

@@ -1,6 +1,6 @@
 """The five ways to fine-tune, and the space in which the fine-tunes of each are merged.
 
-    full          all weights (the text track's embeddings apart)       merged as weights
+    full          all weights of the base                              merged as weights
     attention     the weights of attention projections alone           merged as weights
     lora          LoRA                                                  its dense changes s B A, added to the weights
     linear_layer  LoRA, every layer linearized                          its steps (phi - phi0)
@@ -43,9 +43,7 @@ def trainable(kind: str, track: Track, seed: int) -> nn.Module:
     """A copy of the base, in which what this kind trains requires a gradient."""
     model = copy.deepcopy(track.base)
     if kind == "full":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(track.frozen))
-        return model
+        return model.requires_grad_(True)
     if kind == "attention":
         return attention_only(model)
     settings = track.settings

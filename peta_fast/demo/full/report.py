@@ -106,7 +106,8 @@ def counts(track: TrackResult) -> list[str]:
         lines.append(
             f"- Which package does a documentation string's sentence come from? {labels}. Sentences of {WORDS[0]} to "
             f"{WORDS[1]} words that name none of the task's packages, split by their hash. The heads are the base's "
-            "own embeddings of the labels' names and stay as they are; the embeddings are frozen, too."
+            "own embeddings of the labels' names and stay as they are; frozen are token embeddings and the lower "
+            f"{track.base[0]['frozen_layers']} of 6 layers, too."
         )
     if track.name == DIGITS:
         lines.append(

@@ -28,7 +28,7 @@ class TrackSettings:
     statistics       examples a task behind the Fisher and the Gram matrices
     fit_steps        of AdaMerging and of Concrete; fit_batch: unlabelled validation examples a task and step
     triples          whether merges of three of four tasks are made, besides pairs and all
-    layers           of the BERT that are kept; all, but in a rehearsal
+    frozen_layers    of the BERT, from below, which are frozen with its embeddings
     base_epochs      of the digits' base; few_per_digit: labelled images of each task's domain that it sees
     """
 
@@ -50,7 +50,7 @@ class TrackSettings:
     mats_iterations: tuple[int, ...]
     density: float = 0.2
     triples: bool = True
-    layers: int | None = None
+    frozen_layers: int = 0
     base_epochs: int = 0
     base_rate: float = 0.0
     few_per_digit: int = 0
@@ -68,13 +68,13 @@ class Regime:
 
 FULL_TRACKS = {
     DIGITS: TrackSettings(
-        train=1000, validation=150, test=400, batch=50, score_batch=200,
+        train=1000, validation=150, test=350, batch=50, score_batch=175,
         training={
             "full": Training(8, 1e-3), "attention": Training(8, 2e-3), "lora": Training(8, 6e-3),
             "linear_layer": Training(8, 1e-2), "linear_model": Training(12, 1.5e-2),
         },
         rank=8, alpha=16, targets=("query", "key", "value", "dense", "fc1", "fc2"),
-        scalings=(0.2, 0.3, 0.4, 0.6, 0.9, 1.3), statistics=300, fit_steps=40, fit_batch=16, triples=False,
+        scalings=(0.2, 0.3, 0.4, 0.6, 0.9, 1.3), statistics=200, fit_steps=30, fit_batch=16, triples=False,
         adamerging_rate=0.01, concrete_rate=0.1, mats_iterations=(3, 10, 30),
         base_epochs=40, base_rate=2e-3, few_per_digit=8,
     ),
@@ -86,7 +86,7 @@ FULL_TRACKS = {
         },
         rank=16, alpha=32, targets=("query", "value"),
         scalings=(0.3, 0.5, 0.8, 1.2), statistics=100, fit_steps=10, fit_batch=8,
-        adamerging_rate=0.03, concrete_rate=0.1, mats_iterations=(3, 8),
+        adamerging_rate=0.03, concrete_rate=0.1, mats_iterations=(3, 8), frozen_layers=3,
     ),
 }  # fmt: skip
 FULL = Regime("full", 3, FULL_TRACKS)
@@ -102,7 +102,7 @@ TINY = Regime(
     "quick", 1,
     {
         DIGITS: _tiny(FULL_TRACKS[DIGITS], train=100, validation=30, test=40, base_epochs=6, statistics=10),
-        TEXT: _tiny(FULL_TRACKS[TEXT], train=4, validation=2, test=4, statistics=4, layers=1),
+        TEXT: _tiny(FULL_TRACKS[TEXT], train=4, validation=2, test=4, statistics=4, frozen_layers=5),
     },
 )  # fmt: skip
 """A rehearsal: everything runs once, and no number means anything."""

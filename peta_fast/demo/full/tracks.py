@@ -28,7 +28,6 @@ class Track:
     base       the model that all fine-tunes start from
     examples   task -> split -> batches of one example each column, as one mapping of tensors [N, ...]
     heads      task -> [labels, features], where the model gives features; none where it gives logits itself
-    frozen     tails of the names of tensors that no kind trains
     """
 
     name: str
@@ -37,7 +36,6 @@ class Track:
     base: nn.Module
     examples: Mapping[str, Mapping[str, Batch]]
     heads: Mapping[str, Tensor] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
 
     def logits(self, task: str) -> Callable[[nn.Module, Batch], Tensor]:
         """(model, batch) -> [N, labels]"""
@@ -90,7 +88,7 @@ def cut(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if "attention_mask" not in batch:
         return batch
     longest = int(batch["attention_mask"].sum(1).max())
-    return {name: t[:, :longest].contiguous() if t.dim() == 2 else t for name, t in batch.items()}
+    return {name: t[:, :longest].contiguous() if t.dim() > 1 else t for name, t in batch.items()}
 
 
 def train(
