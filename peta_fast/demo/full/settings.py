@@ -71,11 +71,11 @@ FULL_TRACKS = {
         train=1000, validation=150, test=350, batch=50, score_batch=175,
         training={
             "full": Training(8, 1e-3), "attention": Training(8, 2e-3), "lora": Training(8, 6e-3),
-            "linear_layer": Training(8, 1e-2), "linear_model": Training(12, 1.5e-2),
+            "linear_layer": Training(8, 1e-2), "linear_model": Training(6, 2e-2),
         },
         rank=8, alpha=16, targets=("query", "key", "value", "dense", "fc1", "fc2"),
-        scalings=(0.2, 0.3, 0.4, 0.6, 0.9, 1.3), statistics=200, fit_steps=30, fit_batch=16, triples=False,
-        adamerging_rate=0.01, concrete_rate=0.1, mats_iterations=(3, 10, 30),
+        scalings=(0.2, 0.3, 0.45, 0.7, 1.0), statistics=200, fit_steps=15, fit_batch=16, triples=False,
+        adamerging_rate=0.02, concrete_rate=0.2, mats_iterations=(3, 10),
         base_epochs=40, base_rate=2e-3, few_per_digit=8,
     ),
     TEXT: TrackSettings(

@@ -8,13 +8,17 @@ It ends when its input does, and so does not outlive the run that has started it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from peta_fast.demo.full.chain import BASE, Chain, Tell
 from peta_fast.demo.full.settings import REGIMES, Regime
@@ -24,9 +28,20 @@ from peta_fast.demo.train import reproducible
 def work(out: Path, regime: Regime, seed: int, track: str, kind: str, tell: Tell) -> None:
     """A unit: what all kinds of a track need, or one kind. On one thread: any number of cores gives one result."""
     chain = Chain(out, regime, seed, track, kind, tell)
-    with reproducible(), warnings.catch_warnings():
+    with reproducible(), unfilled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries announce their future here
         chain.run_base() if kind == BASE else chain.run()
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """New memory as it comes: nothing here reads it before it is written, and filling all of it takes time."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def main(out: str, regime: str) -> None:
