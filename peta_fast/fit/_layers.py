@@ -56,10 +56,13 @@ def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """In eval mode, and with gradients of all parameters if asked; everything is put back."""
+def evaluating(
+    model: nn.Module, *, gradients: bool = False, only: Callable[[str], bool] | None = None
+) -> Iterator[None]:
+    """In eval mode, and with gradients of all parameters, or of the named ones, if asked; everything is put back."""
     modes = {module: module.training for module in model.modules()}
-    frozen = [p for p in model.parameters() if gradients and not p.requires_grad and p.is_floating_point()]
+    asked = [p for n, p in model.named_parameters() if gradients and (only is None or only(n))]
+    frozen = [p for p in asked if not p.requires_grad and p.is_floating_point()]
     model.eval()
     for parameter in frozen:
         parameter.requires_grad_(True)

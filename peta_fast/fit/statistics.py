@@ -114,7 +114,8 @@ def collect_statistics(
     given = {"logits": logits, "labels": targets, "loss": loss}
     losses = batching.Losses(labels, seed, **{name: f for name, f in given.items() if f is not None})
     settings = [kinds, labels, seed, compat, examples]
-    with layers.evaluating(model, gradients=kinds != ("input_gram",)):
+    alone = only if {"input_gram", "output_gram"}.isdisjoint(kinds) else None  # Grams need the way to every output
+    with layers.evaluating(model, gradients=kinds != ("input_gram",), only=alone):
         collector = _Collector(model, kinds, only, losses, mask, compat)
         store = Store(Path(out), _mark(model, settings, collector.sums)) if out is not None else None
         done = store.finished(force) if store else None
