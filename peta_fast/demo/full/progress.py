@@ -13,10 +13,10 @@ from peta_fast.demo.full.settings import DIGITS, TEXT
 from peta_fast.demo.progress import say
 
 COSTS = {
-    (DIGITS, BASE): 15, (DIGITS, "full"): 65, (DIGITS, "attention"): 60, (DIGITS, "lora"): 65,
-    (DIGITS, "linear_layer"): 65, (DIGITS, "linear_model"): 170,
-    (TEXT, BASE): 6, (TEXT, "full"): 230, (TEXT, "attention"): 130, (TEXT, "lora"): 120,
-    (TEXT, "linear_layer"): 120, (TEXT, "linear_model"): 300,
+    (DIGITS, BASE): 30, (DIGITS, "full"): 65, (DIGITS, "attention"): 50, (DIGITS, "lora"): 55,
+    (DIGITS, "linear_layer"): 65, (DIGITS, "linear_model"): 200,
+    (TEXT, BASE): 8, (TEXT, "full"): 200, (TEXT, "attention"): 130, (TEXT, "lora"): 110,
+    (TEXT, "linear_layer"): 110, (TEXT, "linear_model"): 320,
 }  # fmt: skip
 """Seconds of a unit on one core of the machine this was written on: for the estimate, not for any result."""
 
