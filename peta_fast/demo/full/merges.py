@@ -75,9 +75,9 @@ class Chosen:
         }[method]
 
     def _solved(self, method: str, iterations: int | None, statistics: Sequence[Statistics]) -> State:
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {"check_statistics": False}  # they are of the networks, which steps alone are not
         if method == "mats":  # as in the paper, where too few iterations to converge are part of the method
-            own = {"operator": "kfac", "preconditioner": "none", "tolerance": 0.0, "iterations": iterations}
+            own |= {"operator": "kfac", "preconditioner": "none", "tolerance": 0.0, "iterations": iterations}
         renamed = [{solved_name(name): tensor for name, tensor in state.items()} for state in self.states]
         found = merge_state_dicts(None, renamed, method=method, statistics=statistics, threads=1, **own)
         return {name: found[solved_name(name)] for name in self.space.origin}
