@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +155,11 @@ def build(launched: Launch, architecture: int, folder: Path) -> Build:
         compiled.metadata.shared,
         len(MATRIX_INSTRUCTIONS.findall(compiled.asm["ptx"])),
     )
+
+
+def builders(folder: Path) -> ProcessPoolExecutor:
+    """Two processes that build for GPUs, with Triton's cache in this folder."""
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),))
 
 
 def build_in(folder: str) -> None:

@@ -193,27 +193,10 @@ COMMANDS = {
 SMALL = {name: words for name, words in COMMANDS.items() if name != "apply"}
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """mount(size) gives a folder on a disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("may not mount a small disk here")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("size", ["4k", "8k"])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_full_disk_is_left_as_it_was(name, size, place, disk, run):
-    folder = disk(size)
+def test_a_full_disk_is_left_as_it_was(name, size, place, mount_disk, run):
+    folder = mount_disk(f"size={size}")
     refused(
         run(*SMALL[name], "--out", folder / "new" / "out"), 5, "No space left on device (0 bytes free)", "Free some"
     )
@@ -221,8 +204,8 @@ def test_a_full_disk_is_left_as_it_was(name, size, place, disk, run):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_what_a_full_disk_holds_is_not_lost_to_force(name, place, disk, run):
-    folder = disk("4m")
+def test_what_a_full_disk_holds_is_not_lost_to_force(name, place, mount_disk, run):
+    folder = mount_disk("size=4m")
     assert run(*SMALL[name], "--out", folder / "out")[0] == 0
     before = files_of(folder / "out")
     space = os.statvfs(folder)

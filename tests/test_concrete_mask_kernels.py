@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 import torch
 from concrete_mask_builds import build_all, launches
 from concrete_mask_interpreted import CHECKS
 from interpreter import run_checks
-from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_in
+from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, builders
 
 pytest.importorskip("triton")
 
@@ -39,7 +38,7 @@ def builds(tmp_path_factory) -> dict[tuple[str, int], Future]:
     """(name of a step, architecture) -> the builds of its launches."""
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for name in STEPS for architecture in ARCHITECTURES]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),)) as pool:
+    with builders(folder) as pool:
         yield {job: pool.submit(build_all, STEPS[job[0]], job[1], folder) for job in jobs}
 
 

@@ -370,6 +370,14 @@ def test_an_error_in_a_process_is_told(tmp_path, monkeypatch):
     assert "Traceback" in str(told.value)
 
 
+def test_a_process_imports_the_package_that_started_it(tmp_path, monkeypatch):
+    (tmp_path / "peta_fast").mkdir()
+    (tmp_path / "peta_fast" / "__init__.py").write_text("raise SystemExit('sources of another version')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PetaFastError, match="no such track, full, seed 0: failed"):
+        pool.run_units(tmp_path, TINY, [pool.Unit(0, "no such track", "full")] * 2, 2, lambda *stage: None)
+
+
 def test_a_missing_bert_leaves_the_text_track_out_by_name(monkeypatch):
     monkeypatch.setattr(text, "PACKAGES", ("transformers", "no_such_package"))
     assert "no_such_package: pip install 'peta_fast[demo-full]'" in run.missing_tracks()[TEXT]

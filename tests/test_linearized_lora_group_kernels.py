@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 import torch
 from interpreter import run_checks
-from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_group, build_in, group_launches
+from linearized_lora_builds import ARCHITECTURES, SHARED_LIMIT, build_group, builders, group_launches
 from linearized_lora_group_interpreted import CHECKS
 
 pytest.importorskip("triton")
@@ -44,7 +43,7 @@ def builds(tmp_path_factory) -> dict[tuple[str, int], Future]:
     """(name of a group, architecture) -> the builds of its launches, made by two processes."""
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for name in GROUPS for architecture in ARCHITECTURES]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),)) as pool:
+    with builders(folder) as pool:
         yield {job: pool.submit(build_group, GROUPS[job[0]], job[1], folder) for job in jobs}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 from interpreter import run_checks
@@ -11,8 +10,8 @@ from linearized_lora_builds import (
     ARCHITECTURES,
     SHARED_LIMIT,
     build_candidate,
-    build_in,
     build_layer,
+    builders,
     launches,
 )
 from linearized_lora_interpreted import CHECKS
@@ -72,7 +71,7 @@ def builds(tmp_path_factory) -> dict[tuple[str, int], Future]:
     """(name of a layer, architecture) -> the builds of its launches, made by two processes."""
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for name in LAYERS for architecture in ARCHITECTURES]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), build_in, (str(folder),)) as pool:
+    with builders(folder) as pool:
         found = {job: pool.submit(build_layer, LAYERS[job[0]], job[1], folder) for job in jobs}
         tried = [(name, architecture) for name in CANDIDATES for architecture in ARCHITECTURES]
         yield found | {job: pool.submit(build_candidate, *CANDIDATES[job[0]], job[1], folder) for job in tried}

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -273,30 +272,13 @@ def test_a_folder_of_single_weight_files_is_no_place_for_the_output(family, monk
 # The disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """mount(options) gives a folder on a disk of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size=4m,{options}", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("may not mount a small disk here")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(large, small_disk):
-    refused(ResourceError, "bytes of free disk", "Free some space", folder=large, out=small_disk("rw") / "out")
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(large, mount_disk):
+    refused(ResourceError, "bytes of free disk", "Free some space", folder=large, out=mount_disk("size=4m,rw") / "out")
     assert list((large / "disk").iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_an_error_that_says_so_and_leaves_nothing(large, small_disk, monkeypatch):
-    disk = small_disk("rw")
+def test_a_disk_that_fills_up_is_an_error_that_says_so_and_leaves_nothing(large, mount_disk, monkeypatch):
+    disk = mount_disk("size=4m,rw")
     monkeypatch.setattr(_output, "SLACK", 0)
     monkeypatch.setattr(_output, "free_bytes", lambda path: 1 << 40)
     (disk / "others").write_bytes(bytes(3 << 20))
@@ -304,8 +286,8 @@ def test_a_disk_that_fills_up_is_an_error_that_says_so_and_leaves_nothing(large,
     assert [p.name for p in disk.iterdir()] == ["others"]
 
 
-def test_a_read_only_disk_is_an_error_that_says_so(family, small_disk, monkeypatch):
-    disk = small_disk("ro")
+def test_a_read_only_disk_is_an_error_that_says_so(family, mount_disk, monkeypatch):
+    disk = mount_disk("size=4m,ro")
     monkeypatch.setattr(_output, "free_bytes", lambda path: 1 << 40)
     refused(ResourceError, "disk/out", "Read-only", folder=family, out=disk / "out")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import peta_fast
 from peta_fast.demo.full.settings import Regime
 from peta_fast.errors import PetaFastError
 
@@ -73,9 +74,17 @@ def run_units(out: Path, regime: Regime, units: Sequence[Unit], jobs: int, told:
 
 
 def start(out: Path, regime: Regime) -> subprocess.Popen:
-    command = [sys.executable, "-m", "peta_fast.demo.full.worker", str(out), regime.name]
+    """A process of this very package: `-m` looks in the current folder first, which may hold sources without it."""
+    command = [sys.executable, "-m", "peta_fast.demo.full.worker", str(out.resolve()), regime.name]
     single = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} | {"TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | single)
+    return subprocess.Popen(
+        command,
+        cwd=Path(peta_fast.__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | single,
+    )
 
 
 def ask(worker: subprocess.Popen, unit: Unit, told: Told, lock: threading.Lock) -> None:
