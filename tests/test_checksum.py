@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
@@ -86,6 +87,21 @@ def test_the_sums_are_those_of_the_definition(size):
     assert checksum_of(data, offset=size % 5) == checksum_reference(data.tobytes())
     largest = np.full(size, 255, np.uint8)
     assert checksum_of(largest) == checksum_reference(largest.tobytes())
+
+
+@pytest.mark.parametrize("blocks, rest", [(7, 5), (8, 0), (8, 40), (16, 0), (19, 1)])
+def test_blocks_that_are_summed_together_count_each_for_itself(blocks, rest):
+    """Of few different blocks, since the reference is slow, in an order without a period."""
+    some = random_bytes(4 * BLOCK).reshape(4, BLOCK)
+    order = np.random.default_rng(blocks).integers(0, 4, blocks)
+    data = np.concatenate([some[order].reshape(-1), random_bytes(rest, 1)])
+    digests = [digest_of(int(i)) for i in order] + ([xxh64(random_bytes(rest, 1).tobytes())] if rest else [])
+    assert checksum_of(data, offset=3) == xxh64(struct.pack(f"<{len(digests)}Q", *digests))
+
+
+@functools.cache
+def digest_of(block: int) -> int:
+    return xxh64(random_bytes(4 * BLOCK).reshape(4, BLOCK)[block].tobytes())
 
 
 @pytest.mark.parametrize("size", [1, 64, 200, 333])

@@ -193,22 +193,25 @@ PF_INLINE void stage(Chunk& c, const Task* tasks, const VariantScratch& scratch)
 
 // --------------------------------------------------------------------------------------------- what is merged
 
-// The mean (or, with a constant divisor, the sum) of those that agree with the sign of the weighted sum, 0 where there
-// are none. All weights are positive and everything is tame. kPlus: a zero sum counts as plus, else it elects nothing.
-template <int kTasks, bool kPlus, bool kMean>
-struct Agreeing {
+template <int kTasks>
+struct WeightedRows {
   const float* rows[kTasks];
   vf weights[kTasks];
   float constant;
 
-  PF_INLINE Agreeing of(const Use* uses, int, const Rule& rule, const VariantScratch& scratch) {
-    Agreeing a;
+  PF_INLINE WeightedRows of(const Use* uses, int, const Rule& rule, const VariantScratch& scratch) {
+    WeightedRows a;
     for (int t = 0; t < kTasks; ++t) a.rows[t] = scratch.terms[uses[t].term].row, a.weights[t] = splat(uses[t].weight);
     a.constant = rule.divisor;
     return a;
   }
+};
 
-  PF_INLINE vf mean(const Agreeing& a, int i) {
+// The mean (or, with a constant divisor, the sum) of those that agree with the sign of the weighted sum, 0 where there
+// are none. All weights are positive and everything is tame. kPlus: a zero sum counts as plus, else it elects nothing.
+template <int kTasks, bool kPlus, bool kMean>
+struct Agreeing : WeightedRows<kTasks> {
+  PF_INLINE vf mean(const WeightedRows<kTasks>& a, int i) {
     vf weighted[kTasks], total, sum{}, divisor{};
     for (int t = 0; t < kTasks; ++t) {
       weighted[t] = load_raw<vf>(a.rows[t] + i) * a.weights[t];
@@ -232,19 +235,8 @@ struct Agreeing {
 };
 
 template <int kTasks>
-struct PlainSum {
-  const float* rows[kTasks];
-  vf weights[kTasks];
-  float constant;
-
-  PF_INLINE PlainSum of(const Use* uses, int, const Rule& rule, const VariantScratch& scratch) {
-    PlainSum a;
-    for (int t = 0; t < kTasks; ++t) a.rows[t] = scratch.terms[uses[t].term].row, a.weights[t] = splat(uses[t].weight);
-    a.constant = rule.divisor;
-    return a;
-  }
-
-  PF_INLINE vf mean(const PlainSum& a, int i) {
+struct PlainSum : WeightedRows<kTasks> {
+  PF_INLINE vf mean(const WeightedRows<kTasks>& a, int i) {
     vf total = -vf{};
     for (int t = 0; t < kTasks; ++t) total = total + load_raw<vf>(a.rows[t] + i) * a.weights[t];
     return a.constant != 1.0f ? total / a.constant : total;
@@ -272,7 +264,7 @@ struct PlainSum<0> {
 
 template <class Sum>
 void find_means(const Chunk& c, const Use* uses, int num_uses, const Rule& rule, const VariantScratch& scratch) {
-  const Sum sum = Sum::of(uses, num_uses, rule, scratch);
+  const auto sum = Sum::of(uses, num_uses, rule, scratch);
   float* const means = scratch.means;
   const int n = c.padded;
   for (int i = 0; i < n; i += W) {
@@ -294,7 +286,7 @@ PF_INLINE void store_pair(uint16_t* out, vu pair, bool stream) {
 template <class Sum, bool kScaled>
 void make_pairs(const Chunk& c, const Use* uses, int num_uses, const Rule& rule, const VariantScratch& scratch,
                 uint16_t* out, bool stream) {
-  const Sum sum = Sum::of(uses, num_uses, rule, scratch);
+  const auto sum = Sum::of(uses, num_uses, rule, scratch);
   const vf scaling = splat(rule.scaling);
   const float* const bases = scratch.base;
   const int n = c.padded;
