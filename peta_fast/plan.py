@@ -37,11 +37,11 @@ from peta_fast.formats.lora_adapter import LoraAdapter, open_adapter
 from peta_fast.formats.trained_only import METADATA, holds_trained_only
 from peta_fast.recipe import ModelRef, Recipe
 
-SLAB = 16 << 20
+SLAB = 8 << 20
 """Bytes of output made and written at once; less when memory is short."""
-RING = 4
-"""Slabs under way at once: one being made, the others on their way to the disk."""
-SMALLEST_SLAB = 256 << 10
+RING = 6
+"""Slabs under way at once: one being made, three being written, the others waiting for it."""
+SMALLEST_SLAB = 128 << 10
 BATCH = 1 << 25
 """Elements of tensors that are got ready together, where memory is not short."""
 BASIC_MEMORY = 8 << 20

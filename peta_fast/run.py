@@ -1,9 +1,9 @@
 """Runs a plan: read, merge, write, in bounded memory, so that a kill at any moment loses nothing.
 
 Output slabs are made one after another in file order. All threads work on one slab at a time; a finished one goes to
-one of two writer threads, past the page cache where the filesystem allows it, while the next is made, and the kernel is
-asked to read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab, when
-its bytes are about to be read anyway.
+one of three writer threads, past the page cache where the filesystem allows it, while the next is made, and the kernel
+is asked to read ahead what lies on the disk. Thresholds and norms of a tensor are found right before its first slab,
+when its bytes are about to be read anyway.
 
 Files appear at the end: shards, index, other files, config last.
 """
@@ -29,10 +29,10 @@ from peta_fast.buffers import ITEMSIZE, Buffer
 from peta_fast.journal import Slab, slabs_of
 from peta_fast.plan import RING, Plan, batch_size
 
-AHEAD = 8
+AHEAD = 16
 """Slabs whose inputs the kernel is asked to read ahead when they are not in memory."""
-WRITERS = 2
-"""Threads that write: a solid-state disk is idle between the direct writes of one."""
+WRITERS = 3
+"""Threads that write: a solid-state disk wants two direct writes at once, while the third sums what it wrote."""
 
 
 @dataclass(frozen=True)

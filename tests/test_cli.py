@@ -224,6 +224,17 @@ def test_a_merge_of_tensors_imports_no_more_than_it_needs(folder):
     assert found.stdout.splitlines()[-1] == "[]", found.stderr
 
 
+def test_a_process_keeps_idle_threads_of_numpy_from_spinning_and_ends_with_the_commands_code():
+    found = run_code(
+        "import os, sys\n"
+        "import peta_fast.cli as cli\n"
+        "cli.main = lambda: print('numpy' in sys.modules, os.environ['OPENBLAS_THREAD_TIMEOUT']) or 3\n"
+        "from peta_fast.__main__ import run\n"
+        "run()"
+    )
+    assert (found.stdout.split(), found.returncode) == (["False", "4"], 3), found.stderr
+
+
 # plan
 
 
