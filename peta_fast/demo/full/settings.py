@@ -85,7 +85,7 @@ FULL_TRACKS = {
             "linear_layer": Training(3, 8e-3), "linear_model": Training(3, 8e-3),
         },
         rank=16, alpha=32, targets=("query", "value"),
-        scalings=(0.3, 0.5, 0.8, 1.2), statistics=100, fit_steps=10, fit_batch=8,
+        scalings=(0.3, 0.5, 0.8, 1.2, 1.8, 2.6), statistics=100, fit_steps=10, fit_batch=8,
         adamerging_rate=0.03, concrete_rate=0.1, mats_iterations=(3, 8), frozen_layers=3,
     ),
 }  # fmt: skip
