@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from family_files import Family, merge_error, mergekit_error
-from floors import FileFloor
+from floors import FileFloor, read_mapped_sum
 from processes import Finished, run_timed, settle
 from rows import Row, best_and_median
 from ties_reference import Error
@@ -26,6 +26,7 @@ GOALS = {
     "1b": "at least 80 times mergekit, aim 150; at most 2.5 times the floor",
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+READINGS = 3
 LOOK, RARE_LOOK = 0.005, 0.05
 """Seconds between two looks at a program's memory; rarely where the run is timed."""
 
@@ -68,9 +69,12 @@ class FileMerges:
         self.inside.append(json.loads(done.stdout)["seconds"])
 
     def make_room(self) -> None:
-        """Removes the last output of peta_fast, and waits for what others still write."""
+        """Removes the last output of peta_fast, waits for what others still write, and reads the inputs, as often as it
+        takes to hold them: mergekit's memory pushes them out of the page cache."""
         shutil.rmtree(self.out, ignore_errors=True)
         settle()
+        for _ in range(READINGS):
+            read_mapped_sum(self.family.weight_files())
 
     def _merge(self, sample_every: float | None = None) -> Finished:
         command = [sys.executable, "-m", "peta_fast", "merge", self.family.recipe, self.out, "--force", "--json", "-q"]
