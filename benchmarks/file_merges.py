@@ -27,6 +27,7 @@ GOALS = {
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 READINGS = 3
+"""Of the inputs before a merge that is timed: pages that were read more than once are kept."""
 LOOK, RARE_LOOK = 0.005, 0.05
 """Seconds between two looks at a program's memory; rarely where the run is timed."""
 
