@@ -361,9 +361,12 @@ def measure(rounds: int, deadline: float, quick: bool) -> tuple[list[dict], list
     from peta_fast import _cuda
 
     rows, notes = [], []
-    if _cuda.library() is None:
-        return [], ["merging: not measured, there is no CUDA library"]
-    rate = copy_rate()
+    try:
+        if _cuda.library() is None:
+            return [], ["merging: not measured, there is no CUDA library"]
+        rate = copy_rate()
+    except Exception as error:  # the layers are still to be measured
+        return [], [f"merging: {type(error).__name__}: {error}"[:600]]
     for parameters, tasks, reference in sizes(quick):
         gc.collect(), torch.cuda.empty_cache()
         label = f"T{tasks}, {parameters:.2g} parameters"

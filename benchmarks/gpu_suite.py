@@ -8,15 +8,18 @@ what time is left goes to compute-sanitizer. Writes tests.json, sanitizer.json, 
 linearized_lora.json (rows), linearized_lora.md (their table and what went wrong) and, with matplotlib,
 linearized_lora.png to DIR, which is $OUT, or benchmarks/results/gpu. With --tune it first measures block shapes (two
 minutes or so), writes them to measured.json and takes them. Needs torch with CUDA, triton, numpy and pytest, nothing
-else; for merging, nvcc too, or a CUDA library in peta_fast/ that was built elsewhere.
+else (with pytest-xdist tests run side by side); for merging, nvcc too, or a CUDA library in peta_fast/ that was built
+elsewhere.
 Exit code 0 when the tests passed and every result was right, else 1. Rows that miss their goal stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,8 +30,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-LEAST_SECONDS = 60.0
-"""Tests are not begun with less."""
+LEAST_SECONDS, SANITIZER_SECONDS = 60.0, 240.0
+"""Tests, and those under compute-sanitizer, are not begun with less."""
+MOST_WORKERS = 8
+STOPPED = (124, 137)
+"""What timeout ends with."""
 
 
 def main(words: list[str]) -> int:
@@ -56,7 +62,7 @@ def main(words: list[str]) -> int:
     problems += guarded("picture", lambda: plot(rows, options.out / "linearized_lora.png"))
     problems += [note for note in (*merge_notes, *notes) if "not the CPU's" in note or "Error" in note]
     left = deadline - time.monotonic()
-    if left > LEAST_SECONDS:  # compute-sanitizer takes its time
+    if left > SANITIZER_SECONDS:
         problems += run_tests(options.out, 2 * left, "sanitizer", "sanitizer")
     else:
         print("sanitizer: not run, the time was up", file=sys.stderr)
@@ -68,7 +74,7 @@ def main(words: list[str]) -> int:
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_suite.py", description=__doc__.splitlines()[0])
     default = Path(os.environ.get("OUT") or FOLDER / "results" / "gpu")
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR")
+    parser.add_argument("--out", type=lambda path: Path(path).resolve(), default=default.resolve(), metavar="DIR")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=9.0, help="no measurement begins after so many")
     parser.add_argument("--skip-build", action="store_true", help="take the package that is installed")
@@ -120,16 +126,21 @@ def gpu_test_files() -> list[Path]:
 def run_tests(out: Path, seconds_left: float, name: str, chosen: str) -> list[str]:
     """Writes <name>.json; returns the names of what failed. A run in which no test passed or was skipped is a failure.
 
+    Half of the seconds are the limit. Then pytest is interrupted, so that it still reports what it has done. With
+    pytest-xdist tests run in several processes, since they wait for Triton's compiler most of the time.
     chosen: pytest's -k
     """
+    limit = max(LEAST_SECONDS, seconds_left / 2)
     report = out / f"{name}.xml"
     settings = ["-o", "addopts=", "-o", f"pythonpath={ROOT / 'tests'}", "--import-mode=importlib", "--noconftest"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *settings, f"--junitxml={report}"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *map(str, gpu_test_files())]
+    if name == "tests" and importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+    if shutil.which("timeout"):
+        command = ["timeout", "-s", "INT", "-k", "20", f"{limit:.0f}", *command]
     try:
-        ran = subprocess.run(
-            command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=max(LEAST_SECONDS, seconds_left / 2)
-        )
+        ran = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=limit + 30)
     except subprocess.TimeoutExpired as late:
         return [f"{name}: not done after {late.timeout:.0f} s"]
     if not report.exists():
@@ -138,6 +149,8 @@ def run_tests(out: Path, seconds_left: float, name: str, chosen: str) -> list[st
     report.unlink()
     (out / f"{name}.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
     failed = [f"test {case['name']}: {case['message']}" for case in cases if case["outcome"] == "failed"]
+    if ran.returncode in STOPPED:
+        failed.append(f"{name}: stopped after {limit:.0f} s, {len(cases)} were done")
     wanted = ("passed",) if name == "tests" else ("passed", "skipped")
     return failed or ([] if any(case["outcome"] in wanted for case in cases) else [f"{name}: none passed"])
 

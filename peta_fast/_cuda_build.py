@@ -14,6 +14,7 @@ from pathlib import Path
 NAME = "libpeta_fast_cuda.so"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 """Compute capabilities that "on" builds for, with PTX of the last for those to come."""
+OLDEST = 80
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-ftz=false", "--expt-relaxed-constexpr", "-Xcompiler",
          "-fPIC,-fvisibility=hidden,-ffp-contract=off")  # fmt: skip
 """No contraction, no fast math: the results are the CPU's bit for bit."""
@@ -76,6 +77,8 @@ def build(csrc: Path, target: Path, architectures: Sequence[str], *, jobs: int =
         raise BuildError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME or CUDACXX")
     if not architectures:
         raise BuildError("no GPU was found to build for; set PETA_FAST_CUDA_ARCHS, such as 90")
+    if old := [a for a in architectures if int(a.rstrip("af")) < OLDEST]:
+        raise BuildError(f"the kernels need compute capability 8.0 or later, got {', '.join(old)}")
     files = sources(csrc)
     if not files:
         raise BuildError(f"{csrc} holds no sources of the CUDA library")

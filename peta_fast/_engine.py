@@ -230,7 +230,7 @@ class Engine:
         inputs = self.inputs(tensor)
         if not self.allow_nonfinite:
             _refuse_nonfinite(inputs, self.threads)
-        spec = self._whole_spec(tensor)
+        spec = self._whole_spec(tensor, inputs.device or "cpu")
         merged = run_whole_tensor(self.recipe, tensor, inputs, spec)
         if spec.notes:
             self.notes[tensor.name] = spec.notes
@@ -239,18 +239,21 @@ class Engine:
         merged[merged.isnan()] = float("nan")  # one pattern
         return Buffer(merged.data_ptr(), tensor.dtype, merged.numel(), merged, inputs.device)
 
-    def _whole_spec(self, tensor: TensorPlan) -> TensorSpec:
-        """What a whole-tensor method may know, with the tensor's statistics. Raises CheckpointError for NaN and inf."""
+    def _whole_spec(self, tensor: TensorPlan, device: str) -> TensorSpec:
+        """What a whole-tensor method may know, with the tensor's statistics, which go to the device.
+
+        Raises CheckpointError for NaN and inf.
+        """
         known = tensor.name, tensor.shape, len(tensor.models), self.recipe.compat, "tensor", tensor.size
         if self.beside is None:
             return TensorSpec(*known)
-        statistics = tuple(self._statistics(places, tensor) for places in tensor.beside.statistics)
-        start = tensor.beside.start and self._read_beside(*tensor.beside.start).reshape(tensor.shape)
+        statistics = tuple(self._statistics(places, tensor, device) for places in tensor.beside.statistics)
+        start = tensor.beside.start and self._read_beside(*tensor.beside.start, device).reshape(tensor.shape)
         return TensorSpec(*known, statistics=statistics, start=start)
 
-    def _statistics(self, places: Mapping[str, tuple[str, str]], tensor: TensorPlan) -> TensorStatistics:
+    def _statistics(self, places: Mapping[str, tuple[str, str]], tensor: TensorPlan, device: str) -> TensorStatistics:
         file, key = next(iter(places.values()))
-        found = {kind: self._read_beside(*place) for kind, place in places.items()}
+        found = {kind: self._read_beside(*place, device) for kind, place in places.items()}
         if "fisher" in found:
             found["fisher"] = found["fisher"].reshape(tensor.shape)
         module, norm = key.rpartition(".")[0], self.beside.fisher_norm(file)
@@ -261,14 +264,14 @@ class Engine:
             collected=self.beside.metadata(file).get("collected", ""),
         )
 
-    def _read_beside(self, file: str, name: str):
-        """A flat torch tensor over the bytes as they lie, not to be written to."""
+    def _read_beside(self, file: str, name: str, device: str):
+        """A flat torch tensor on the device, over the bytes as they lie where they lie there; not to be written to."""
         buffer = self.beside.source(file).buffer(name)
         if not self.allow_nonfinite:
             count = int(task_statistics(None, [buffer], base_kind=BASE_ZERO, threads=self.threads).nonfinite[0])
             if count:
                 raise CheckpointError(file, f"{name!r}: expected finite values, got {count} NaN or inf", HINT)
-        return as_torch(buffer, copied=False)
+        return as_torch(buffer, copied=False).to(device)
 
 
 HINT = "Mend that checkpoint, or allow NaN and inf with allow_nonfinite (--allow-nonfinite)."

@@ -100,6 +100,12 @@ def test_architectures(given, mode, expected, monkeypatch):
     assert _cuda_build.wanted_architectures(mode) == expected
 
 
+def test_gpus_that_are_too_old_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(_cuda_build, "find_nvcc", lambda: "nvcc")
+    with pytest.raises(_cuda_build.BuildError, match="need compute capability 8.0 or later, got 75, 70"):
+        _cuda_build.build(tmp_path, tmp_path / "out", ["75", "90a", "70"])
+
+
 def test_architectures_that_are_none_are_refused(monkeypatch):
     monkeypatch.setenv("PETA_FAST_CUDA_ARCHS", "hopper")
     with pytest.raises(

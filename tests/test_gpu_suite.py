@@ -57,6 +57,19 @@ def test_tests_are_run_and_what_failed_is_named(body, expected, tmp_path, monkey
     assert sorted(f.name for f in tmp_path.iterdir() if f.suffix in (".json", ".xml")) == ["tests.json"]
 
 
+def test_a_run_of_tests_that_is_out_of_time_says_what_was_done(tmp_path, monkeypatch):
+    file = tmp_path / "test_here.py"
+    mark = "pytest.mark." + "gpu"
+    file.write_text(
+        f"import pytest, time\n@{mark}\ndef test_a():\n    pass\n@{mark}\ndef test_b():\n    time.sleep(99)\n"
+    )
+    monkeypatch.setattr(gpu_suite, "gpu_test_files", lambda: [file])
+    monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 1.0)
+    problems = gpu_suite.run_tests(tmp_path, 16, "tests", "not sanitizer")
+    assert problems[-1].startswith("tests: stopped after 8 s")
+    assert json.loads((tmp_path / "tests.json").read_text())[0]["outcome"] == "passed"
+
+
 def test_the_files_that_a_gpu_is_wanted_for():
     names = {file.name for file in gpu_suite.gpu_test_files()}
     assert {"test_cuda_gpu.py", "test_linearized_lora_gpu.py", "test_concrete_mask_gpu.py"} <= names

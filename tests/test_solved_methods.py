@@ -25,7 +25,11 @@ from solved_families import (
 )
 
 import peta_fast as pf
+from peta_fast import methods
+from peta_fast._engine import Engine
+from peta_fast.methods import TensorSpec
 from peta_fast.methods.regmean_pp import collected_as
+from peta_fast.ops import spd_solve
 
 AVERAGE = (W1 + W2) / 2
 KFAC = torch.tensor([[2.705587, 0.594751], [0.173427, 0.744800]])
@@ -272,6 +276,34 @@ def test_bf16_models_round_once():
     merged = merge(states, statistics(), method="regmean", off_diagonal=1.0)["lm_head.weight"]
     assert merged.dtype == torch.bfloat16
     torch.testing.assert_close(merged.double(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
+def test_statistics_and_the_start_go_where_the_models_are(method, monkeypatch):
+    """To the device "meta", in place of a GPU."""
+    asked, seen = set(), []
+    of_device = Engine._whole_spec
+
+    def look(base, models, params, tensor):
+        parts = [vars(s).values() for s in tensor.statistics] + [[tensor.start]]
+        seen.append({x.device.type for part in parts for x in part if isinstance(x, torch.Tensor)})
+        return models[0]
+
+    monkeypatch.setattr(Engine, "_whole_spec", lambda self, t, device: asked.add(device) or of_device(self, t, "meta"))
+    monkeypatch.setattr(methods.get(method), "merge", look)
+    merge(models(), statistics(), method=method, **({"init": models(4)[3]} if method == "mats" else {}))
+    assert asked == {"cpu"} and seen and all(found == {"meta"} for found in seen)
+
+
+@pytest.mark.parametrize("init", ["zero", "average"])
+def test_mats_makes_what_it_needs_where_the_models_are(init, monkeypatch):
+    made = []
+    monkeypatch.setattr(spd_solve, "conjugate_gradients", lambda apply, right, begin, **_: made.append(apply(begin)))
+    params = methods.get("mats").Params(weight=(1.0,), statistics=(None,), operator="identity", solver="cg", init=init)
+    spec = TensorSpec("w", (3, 2), 1, "native", "tensor", 6)
+    with pytest.raises(AttributeError):  # where the result is looked at
+        methods.get("mats").merge(None, [torch.empty(3, 2, device="meta")], params, spec)
+    assert made[0].device.type == "meta"
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])

@@ -98,6 +98,16 @@ PF_HD int64_t atomic_add(int64_t* p, int64_t v) {
 #endif
 }
 
+// ++bins[bin]; threads of a warp that come here with one bin add once, since of changes most are zero.
+PF_HD void count_in(int64_t* bins, uint32_t bin) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t same = __match_any_sync(__activemask(), bin);
+  if (int(threadIdx.x & 31u) == __ffs(int(same)) - 1) atomic_add(bins + bin, int64_t(__popc(same)));
+#else
+  ++bins[bin];
+#endif
+}
+
 // Adds every thread's v; all threads of the block call it.
 PF_HD void add_all(uint32_t* p, uint32_t v) {
 #if defined(__CUDA_ARCH__)
@@ -140,7 +150,9 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks) run_kernel(const __gr
 }
 
 inline int check(cudaError_t status, const char* who) {
-  return status == cudaSuccess ? 0 : fail(int(status), who, cudaGetErrorString(status));
+  if (status == cudaSuccess) return 0;
+  cudaGetLastError();  // else the next launch would find it once more
+  return fail(int(status), who, cudaGetErrorString(status));
 }
 
 template <class K>

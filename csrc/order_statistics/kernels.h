@@ -227,7 +227,7 @@ struct CountTensors {
         int64_t* const bins = reinterpret_cast<int64_t*>(tables.bins + w.low_radix * kBins);
         for (int64_t i = begin + block.thread; i < end; i += kThreads) {
           uint32_t bin;
-          if (bin_of(magnitude_bits(task.delta, i), r.prefix, round, &bin)) atomic_add(&bins[bin], int64_t(1));
+          if (bin_of(magnitude_bits(task.delta, i), r.prefix, round, &bin)) count_in(bins, bin);
         }
       }
     }

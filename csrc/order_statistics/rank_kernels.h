@@ -180,7 +180,7 @@ struct Histogram {
       for (int64_t i = begin + block.thread; i < end; i += kThreads) {
         const uint32_t a = magnitude_bits(delta, i), bin = a >> 15;
         if (prefix >= 0) {
-          if (bin == uint32_t(prefix)) atomic_add(reinterpret_cast<int64_t*>(bins + (a & 0x7fffu)), int64_t(1));
+          if (bin == uint32_t(prefix)) count_in(reinterpret_cast<int64_t*>(bins), a & 0x7fffu);
         } else if (bin == 0) {
           ++zeros;
         } else if (bin - kFirst < kWindow) {

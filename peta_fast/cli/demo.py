@@ -23,7 +23,7 @@ def demo(
     ] = False,
     full: Annotated[
         bool,
-        Option("--full", help="Digits and text, five kinds of fine-tuning, nine merges, three seeds: a quarter of an hour on two cores."),
+        Option("--full", help="Digits and text, five kinds of fine-tuning, nine merges, three seeds: 15 minutes."),
     ] = False,
     jobs: Annotated[
         int | None, Option("--jobs", help="Processes of one thread, with --full; one a core by default.", low=1)

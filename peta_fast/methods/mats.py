@@ -116,7 +116,7 @@ def _begin(base, models, params: Params, tensor: TensorSpec):
     if tensor.compat == "mats" and left_out:
         return None
     if params.init == "zero":
-        return torch.zeros(tensor.shape, dtype=torch.float64)
+        return torch.zeros_like(models[0], dtype=torch.float64)
     if params.init == "average":
         return average(models, params.weight)
     if params.init != "pretrained":
@@ -150,7 +150,7 @@ def _solve_elements(models, params: Params, tensor: TensorSpec, begin):
         fishers = [s.fisher for s in tensor.statistics]
         return weighted(models, fishers, params.weight, params.weight, tensor.compat)
     if params.operator == "identity":  # the reference's own form: an identity, and the mean on the right
-        diagonal, right = torch.ones(tensor.shape, dtype=torch.float64), average(models, params.weight)
+        diagonal, right = torch.ones_like(models[0], dtype=torch.float64), average(models, params.weight)
     else:
         fishers = [w * s.fisher.double() for w, s in zip(params.weight, tensor.statistics, strict=True)]
         diagonal, right = sum(fishers), sum(f * m.double() for f, m in zip(fishers, models, strict=True))

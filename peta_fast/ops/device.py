@@ -146,7 +146,7 @@ class TorchMemory:
     def pinned(self, nbytes: int) -> Held:
         """Memory of the host that copies to and from the device need not stage."""
         with self.faults(), self.current():
-            owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, pin_memory=True)
+            owner = self.torch.empty(max(nbytes, 1), dtype=self.torch.uint8, device="cpu", pin_memory=True)
         return Held(owner.data_ptr(), nbytes, owner)
 
     def new_stream(self) -> Any:

@@ -32,7 +32,8 @@ def numerics(x: Tensor) -> dict[str, object]:
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Every launch of this package's Triton kernels goes through here, where tests count them."""
-    kernel[grid](*arguments, **options)
+    with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+        kernel[grid](*arguments, **options)
 
 
 def with_blocks(kernel: str, place: Place, sizes: tuple[int, int, int, int], work: Callable[[dict], object]):
