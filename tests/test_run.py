@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -336,10 +337,10 @@ def test_the_next_slab_is_made_while_one_is_written(tiled, tmp_path, monkeypatch
 
 def test_two_slabs_are_written_at_once(tiled, tmp_path, monkeypatch):
     folder, *_ = tiled
-    write, both, together = _output.Output.write, threading.Barrier(2, timeout=20), []
+    write, both, together, turn = _output.Output.write, threading.Barrier(2, timeout=20), [], itertools.count()
 
     def write_with_another(self, slab, buffer):
-        if len(together) < 2:
+        if next(turn) < 2:
             both.wait()
             together.append(slab)
         write(self, slab, buffer)
